@@ -1,0 +1,140 @@
+"""What a run leaves on disk: one folder with its configuration, one safetensors file per checkpoint.
+
+    Edited_Weight/<alg>/<model>/<dataset>_weight_data_batch_<num_edits>_<beta_hse>_<alpha>/
+        run.json                 full configuration of the run
+        edit_0.safetensors       the original weights of the edited layers
+        edit_<n>.safetensors     the same weights after n edits
+        resume.safetensors       the last finished batch, to go on from
+
+Knows nothing of models: tensors are named and oriented as the model stores them. Nothing here executes code from
+a file: `.pth` files of the published form ({"weight": {name: tensor}}) are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sphere.errors import SphereError
+from sphere.files import atomic_path, read_json, write_json
+
+CONFIG_NAME = "run.json"
+RESUME_NAME = "resume.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state: its file and the number of edits written up to it."""
+
+    path: Path
+    n_edits: int
+
+
+def run_folder(
+    output_dir: str | Path, alg: str, model: str, dataset: str, num_edits: int, beta_hse: float, alpha: float
+) -> Path:
+    """The folder of a run, e.g. Edited_Weight/AlphaEdit/Qwen2.5-7B/mcf_weight_data_batch_100_0.5_0.5."""
+    return Path(output_dir) / alg / model / f"{dataset}_weight_data_batch_{num_edits}_{beta_hse:g}_{alpha:g}"
+
+
+def write_checkpoint(folder: str | Path, n_edits: int, weights: Mapping[str, Tensor]) -> Path:
+    """Save weights (in the model's own orientation) as `edit_<n_edits>.safetensors`, atomically."""
+    path = Path(folder) / f"edit_{n_edits}.safetensors"
+    with atomic_path(path) as temporary:
+        save_file(
+            {k: v.contiguous() for k, v in weights.items()}, temporary, metadata={"n_edits": str(n_edits)}
+        )
+    return path
+
+
+def list_checkpoints(folder: str | Path) -> list[Checkpoint]:
+    """All `edit_<n>` files of a run, by number of edits.
+
+    Raises:
+        SphereError: no such folder, or no checkpoint in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SphereError(
+            f"No folder {folder}: give --weight_folder a folder written by experiments.evaluate."
+        )
+    found = {}
+    for path in sorted(folder.iterdir()):
+        match = re.fullmatch(r"edit_(\d+)(\.safetensors|\.pth)?", path.name)
+        if match and path.is_file():
+            found.setdefault(int(match[1]), path)
+            if path.suffix == ".safetensors":
+                found[int(match[1])] = path
+    if not found:
+        raise SphereError(
+            f"No checkpoints (edit_<n>.safetensors or .pth) in {folder}: is this a run's folder?"
+        )
+    return [Checkpoint(path, n) for n, path in sorted(found.items())]
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a checkpoint without executing anything in it; tensors as the model stores them, on the CPU.
+
+    Raises:
+        SphereError: missing, damaged, or not a checkpoint.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SphereError(f"No checkpoint {path}: check --weight_folder.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
+        reason = str(error).splitlines()[0]
+        raise SphereError(
+            f"Cannot read the checkpoint {path} safely ({reason}): write it again or remove it."
+        ) from error
+    weights = content.get("weight", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise SphereError(
+            f'The checkpoint {path} does not hold {{"weight": {{name: tensor}}}}: not a file of this kind.'
+        )
+    return weights
+
+
+def write_config(folder: str | Path, config: Mapping[str, Any]) -> None:
+    """Save the run's configuration beside its checkpoints."""
+    write_json(Path(folder) / CONFIG_NAME, dict(config))
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of the run that wrote `folder`; {} where there is none (published .pth runs)."""
+    path = Path(folder) / CONFIG_NAME
+    return read_json(path, "run configuration") if path.exists() else {}
+
+
+def write_resume(folder: str | Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Replace the run's resume point: tensors and a small JSON state in one file, so that the two never part."""
+    with atomic_path(Path(folder) / RESUME_NAME) as temporary:
+        contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(contiguous, temporary, metadata={"state": json.dumps(state)})
+
+
+def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The resume point (tensors, state) of a run, or None where it has none."""
+    path = Path(folder) / RESUME_NAME
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads(file.metadata()["state"])
+            return {key: file.get_tensor(key) for key in file.keys()}, state  # noqa: SIM118 (not a dict)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise SphereError(
+            f"The resume point {path} is damaged ({error}): remove it to start the run anew."
+        ) from error

@@ -1,0 +1,84 @@
+"""Writing files so that a kill or a full disk never leaves half of one.
+
+Knows about paths and bytes only, nothing of models or runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sphere.errors import SphereError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is moved over `path`, on failure removed.
+
+    Raises:
+        SphereError: the file cannot be written (no space, no permission); whatever stood at `path` is kept.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; these are ordinary results
+        os.replace(temporary, path)
+    except Exception as error:
+        if isinstance(error, OSError) or _is_io_error(error):
+            raise _cannot_write(path, error) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_io_error(error: Exception) -> bool:
+    """safetensors reports a full disk as its own error with the operating system's text in it."""
+    return type(error).__name__ == "SafetensorError" and "os error" in str(error).lower()
+
+
+def _cannot_write(path: Path, error: Exception) -> SphereError:
+    return SphereError(
+        f"Cannot write {path}: {error}; free some space or choose another folder with --output_dir or --data_dir "
+        "(nothing was left half-written)."
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """Read a JSON file; `what` names it in errors, e.g. "hyperparameter file".
+
+    Raises:
+        SphereError: the file is missing or not JSON.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise SphereError(f"No {what} at {path}: check the path.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise SphereError(f"Cannot read the {what} {path}: {error}.") from error
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SphereError(
+            f"The {what} {path} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg})."
+        ) from error

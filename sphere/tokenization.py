@@ -1,0 +1,92 @@
+"""From text to token positions, for any tokenizer: where a subject ends and where a target begins.
+
+Everything is asked of the tokenizer's own offsets, so BOS tokens, leading-space pieces and appended special
+tokens need no case of their own. Knows nothing of models or hyperparameters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from sphere.errors import SphereError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of a text and, per token, the end (in characters) of what it covers."""
+
+    ids: list[int]
+    ends: list[int]
+
+    def token_at(self, position: int) -> int:
+        """Index of the token that covers the text's character `position` (0-based)."""
+        for index, end in enumerate(self.ends):
+            if end > position:
+                return index
+        raise IndexError(position)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
+    """Tokenise `text` as the model expects it (BOS where the tokenizer adds one, never a trailing EOS)."""
+    if tokenizer.is_fast:
+        batch = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        ids, ends = list(batch["input_ids"]), [end for _, end in batch["offset_mapping"]]
+        special = batch["special_tokens_mask"]
+        while ids and special[len(ids) - 1] and ends[-1] == 0 and len(ids) > 1:
+            ids, ends = ids[:-1], ends[:-1]
+        return Encoded(ids, _monotone(ends))
+    ids = list(tokenizer(text)["input_ids"])
+    while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    # Without offsets: a token ends where the shortest decoded prefix that contains it ends.
+    skip = len(tokenizer.decode([]))
+    ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) - skip for i in range(len(ids))]
+    return Encoded(ids, [min(end, len(text)) for end in _monotone(ends)])
+
+
+def _monotone(ends: list[int]) -> list[int]:
+    """Offsets never go back: a BOS token (0, 0) covers nothing, pieces of one character share its end."""
+    highest, result = 0, []
+    for end in ends:
+        highest = max(highest, end)
+        result.append(highest)
+    return result
+
+
+def continuation(target: str) -> str:
+    """The text of a target as it follows a prompt: with one leading space."""
+    return target if target[:1].isspace() else " " + target
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[list[int], int]:
+    """Tokenise `prompt` and its continuation together.
+
+    Returns:
+        ids: tokens of the whole text.
+        start: index of the target's first token: `ids[start:]` is what must be predicted.
+    """
+    encoded = encode(tokenizer, prompt + continuation(target))
+    try:
+        start = encoded.token_at(len(prompt))
+    except IndexError:
+        raise SphereError(
+            f"The target {target!r} has no tokens after {prompt!r}: give a non-empty target."
+        ) from None
+    return encoded.ids, max(start, 1)  # the very first token has no context to be predicted from
+
+
+def subject_token(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, subject_end: int, what: str) -> int:
+    """Index of the token that holds the subject's last character (`fact_token` "subject_last").
+
+    Args:
+        subject_end: number of characters of the text up to the end of the subject.
+        what: names the request in the error.
+    """
+    try:
+        return encoded.token_at(subject_end - 1)
+    except IndexError:
+        raise SphereError(
+            f"The subject of {what} is not among the tokens of its prompt: check subject and prompt."
+        ) from None
