@@ -1,0 +1,175 @@
+"""Hyperparameters: one JSON file per method and model, with the keys that the MEMIT family of projects uses.
+
+Knows names and types only. A method that needs more declares a subclass of `HParams` beside itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sphere.errors import SphereError
+from sphere.files import read_json
+
+log = logging.getLogger(__name__)
+
+H = TypeVar("H", bound="ModuleHParams")
+
+# Keys that other projects write for the reader and that decide nothing.
+INFORMATIONAL = ("model_name", "alg_name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleHParams:
+    """Where things are in the model: templates with `{}` for the layer's number, and the layers to edit."""
+
+    layers: tuple[int, ...]
+    rewrite_module_tmp: str
+    layer_module_tmp: str
+    ln_f_module: str
+    lm_head_module: str
+    mlp_module_tmp: str = ""
+    attn_module_tmp: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.layers or sorted(set(self.layers)) != list(self.layers):
+            raise SphereError(f"layers must be increasing layer numbers, got {list(self.layers)}.")
+        for key in ("rewrite_module_tmp", "layer_module_tmp"):
+            if "{}" not in getattr(self, key):
+                raise SphereError(f"{key} must hold '{{}}' for the layer's number, got {getattr(self, key)!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: what a run's configuration keeps."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetHParams(ModuleHParams):
+    """How target values z are optimised: the `v_*` keys of ROME, MEMIT and AlphaEdit.
+
+    Attributes:
+        clamp_norm_factor: ||delta|| <= clamp_norm_factor * ||h0||.
+        v_num_grad_steps: forward passes; the last one takes no update.
+        v_lr: Adam's learning rate.
+        v_loss_layer: layer whose output, through ln_f and lm_head, gives the target's likelihood.
+        v_weight_decay: weight of ||delta|| / ||h0||^2.
+        kl_factor: weight of the KL term on "{subject} is a".
+    """
+
+    clamp_norm_factor: float
+    v_num_grad_steps: int
+    v_lr: float
+    v_loss_layer: int
+    v_weight_decay: float
+    kl_factor: float
+    fact_token: str = "subject_last"
+    layer_selection: str = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fact_token != "subject_last":
+            raise SphereError(f"fact_token must be 'subject_last', got {self.fact_token!r}.")
+        if self.layer_selection != "all":
+            raise SphereError(f"layer_selection must be 'all', got {self.layer_selection!r}.")
+        if self.v_num_grad_steps < 1:
+            raise SphereError(f"v_num_grad_steps must be at least 1, got {self.v_num_grad_steps}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HParams(TargetHParams):
+    """The MEMIT family's keys: target values and second moments of keys.
+
+    Attributes:
+        mom2_adjustment: whether a method uses the second moment where it may go without (ROME).
+        mom2_update_weight: lambda, the weight of E[k k^T] in MEMIT's solve.
+        mom2_dataset: "wikipedia", "wikitext", "self" (the model's own samples), or a .txt/.jsonl file.
+        mom2_n_samples: number of documents.
+        mom2_dtype: dtype in which the second moment is kept.
+    """
+
+    mom2_adjustment: bool
+    mom2_update_weight: float
+    mom2_dataset: str
+    mom2_n_samples: int
+    mom2_dtype: str
+
+
+def load_hparams(path: str | Path, kind: type[H]) -> H:
+    """Read and check a hyperparameter file.
+
+    Args:
+        kind: the dataclass of the method's hyperparameters.
+
+    Raises:
+        SphereError: no such file, no JSON, or unknown, missing and ill-typed keys, all of them named.
+    """
+    path = Path(path)
+    if not path.exists() and path.parent.is_dir():
+        choices = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "none"
+        raise SphereError(f"No hyperparameter file {path}: give --hparams_fname one of: {choices}.")
+    content = read_json(path, "hyperparameter file")
+    if not isinstance(content, dict):
+        raise SphereError(f"The hyperparameter file {path} must hold a JSON object, got {type(content).__name__}.")
+    try:
+        return hparams_from_dict(content, kind)
+    except SphereError as error:
+        raise SphereError(f"In the hyperparameter file {path}: {error}") from error
+
+
+def hparams_from_dict(content: dict[str, Any], kind: type[H]) -> H:
+    """The checked hyperparameters of a plain dictionary (a file's content, a run's configuration)."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    types_ = typing.get_type_hints(kind)
+    problems, values = [], {}
+    required = [
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [n for n in required if n not in content]
+    unknown = [k for k in content if k not in fields and k not in INFORMATIONAL]
+    if missing:
+        problems.append(f"missing {', '.join(missing)}")
+    if unknown:
+        problems.append(f"unknown {', '.join(unknown)}")
+    for name, value in content.items():
+        if name in INFORMATIONAL and name not in fields:
+            log.debug("Hyperparameter %s=%r is informational and not used.", name, value)
+        elif name in fields:
+            try:
+                values[name] = _coerce(value, types_[name])
+            except TypeError as error:
+                problems.append(f"{name} must be {error}, got {value!r}")
+    if problems:
+        raise SphereError(f"{kind.__name__}: {'; '.join(problems)}.")
+    return kind(**values)
+
+
+def _coerce(value: Any, wanted: Any) -> Any:
+    """`value` as the field's type; raises TypeError with the type's plain name."""
+    if isinstance(wanted, types.UnionType):
+        if value is None and type(None) in wanted.__args__:
+            return None
+        wanted = next(a for a in wanted.__args__ if a is not type(None))
+    if typing.get_origin(wanted) is tuple:
+        item = typing.get_args(wanted)[0]
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"a list of {_NAMES[item]}s")
+        return tuple(_coerce(v, item) for v in value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if wanted is float and number:
+        return float(value)
+    if wanted is int and number and float(value).is_integer():
+        return int(value)
+    if wanted in (bool, str) and isinstance(value, wanted):
+        return value
+    raise TypeError(f"a {_NAMES[wanted]}")
+
+
+_NAMES = {int: "whole number", float: "number", bool: "true or false", str: "string"}

@@ -1,0 +1,312 @@
+"""Running parts of a model: only the layers that matter, on only the positions that matter.
+
+A model is reached by the module templates of its hyperparameters alone. One pass through the model records how each
+decoder layer is called (masks, rotary embeddings, caches); later the wanted layers are called again in the same way on
+other hidden states. Works for any decoder whose layers return a tensor or a tuple that starts with one. Knows nothing
+of editing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from sphere.errors import SphereError
+from sphere.hparams import ModuleHParams
+
+
+class _Stop(Exception):
+    """Leaves a forward pass as soon as all that was wanted from it is at hand."""
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in a decoder layer's output, be it a tensor or a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+class FrozenPrefixCache(DynamicCache):
+    """Attention keys and values of constant earlier positions; after `freeze`, new ones are seen but not kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = False
+
+    def freeze(self) -> FrozenPrefixCache:
+        self.frozen = True
+        return self
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        if not self.frozen:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        prefix = self.layers[layer_idx]
+        return torch.cat([prefix.keys, key_states], dim=-2), torch.cat([prefix.values, value_states], dim=-2)
+
+    def select(self, rows: Tensor) -> FrozenPrefixCache:
+        """The cache of some rows of the batch."""
+        chosen = FrozenPrefixCache()
+        for index, layer in enumerate(self.layers):
+            at = rows.to(layer.keys.device)
+            chosen.update(layer.keys[at], layer.values[at], index)
+        return chosen.freeze()
+
+
+@dataclass
+class Recording:
+    """What a pass left behind: hidden states entering layer `first` and how each later layer was called.
+
+    Attributes:
+        hidden: (batch x positions x d), entering layer `first`.
+        calls: layer -> (positional arguments after the hidden state, keyword arguments).
+    """
+
+    hidden: Tensor
+    first: int
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def select(self, rows: Tensor) -> Recording:
+        """The same recording for some rows of the batch.
+
+        Args:
+            rows: (n,) indices into the batch.
+        """
+        batch = self.hidden.shape[0]
+        seen: dict[int, Any] = {}  # layers share masks and caches: cut each once
+
+        def cut(value: Any) -> Any:
+            if id(value) in seen:
+                return seen[id(value)]
+            result = value
+            if isinstance(value, Tensor):
+                if value.ndim >= 2 and value.shape[0] == batch:
+                    result = value[rows.to(value.device)]
+            elif isinstance(value, FrozenPrefixCache):
+                result = value.select(rows)
+            elif isinstance(value, tuple | list):
+                result = type(value)(cut(v) for v in value)
+            elif isinstance(value, dict):
+                result = {k: cut(v) for k, v in value.items()}
+            seen[id(value)] = result
+            return result
+
+        calls = {layer: (cut(args), cut(kwargs)) for layer, (args, kwargs) in self.calls.items()}
+        return Recording(self.hidden[rows.to(self.hidden.device)], self.first, calls)
+
+
+class LayerStack:
+    """A model's decoder layers, reached by templates.
+
+    Raises:
+        SphereError: a module that does not exist, or a layer out of range; the message names the key to mend.
+    """
+
+    def __init__(self, model: nn.Module, hparams: ModuleHParams) -> None:
+        self.model = model
+        self.hparams = hparams
+        self.layers = self._find_layers()
+        self.n_layers = len(self.layers)
+        last = self.n_layers - 1
+        wanted = [("layers", layer) for layer in hparams.layers]
+        if hasattr(hparams, "v_loss_layer"):
+            wanted.append(("v_loss_layer", hparams.v_loss_layer))
+        for key, layer in wanted:
+            if not 0 <= layer <= last:
+                raise SphereError(
+                    f"{key} names layer {layer}, but {type(model).__name__} has layers 0 to {last} at "
+                    f"'{hparams.layer_module_tmp}': correct {key} in the hyperparameter file."
+                )
+        self.ln_f = self._module("ln_f_module", hparams.ln_f_module)
+        self.lm_head = self._module("lm_head_module", hparams.lm_head_module)
+        self.rewrite = {
+            layer: self._module("rewrite_module_tmp", hparams.rewrite_module_tmp.format(layer))
+            for layer in hparams.layers
+        }
+
+    def weight_name(self, layer: int) -> str:
+        """Name of the edited parameter of a layer."""
+        return self.hparams.rewrite_module_tmp.format(layer) + ".weight"
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    def record(self, inputs: dict[str, Any], first: int, last: int) -> Recording:
+        """Run the model up to layer `last`, keeping what enters layer `first` and the calls of layers first..last.
+
+        `first` may be the number of layers: then the last layer's output is kept and there are no calls. Nothing above
+        `last` is computed.
+
+        Args:
+            inputs: keyword arguments of the model (input_ids, attention_mask, position_ids, past_key_values, ...).
+        """
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        entering: list[Tensor] = []
+
+        def before(layer: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if args:
+                    hidden, args = args[0], args[1:]
+                else:
+                    hidden = kwargs["hidden_states"]
+                    kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                if layer == first:
+                    entering.append(hidden)
+                calls[layer] = (args, kwargs)
+                if layer == last:
+                    raise _Stop
+
+            return hook
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            entering.append(hidden_of(output))
+            raise _Stop
+
+        with ExitStack() as hooks:
+            for layer in range(first, min(last + 1, self.n_layers)):
+                handle = self.layers[layer].register_forward_pre_hook(before(layer), with_kwargs=True)
+                hooks.callback(handle.remove)
+            if first == self.n_layers:
+                hooks.callback(self.layers[-1].register_forward_hook(after).remove)
+            self._forward(inputs)
+        return Recording(entering[0], first, calls)
+
+    def fill_cache(self, inputs: dict[str, Any]) -> FrozenPrefixCache:
+        """Attention keys and values of all layers for these inputs, frozen; no logits are computed."""
+        cache = FrozenPrefixCache()
+
+        def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+            raise _Stop
+
+        handle = self.layers[-1].register_forward_hook(after)
+        try:
+            self._forward({**inputs, "past_key_values": cache, "use_cache": True})
+        finally:
+            handle.remove()
+        return cache.freeze()
+
+    def run(self, recording: Recording, hidden: Tensor, first: int, last: int) -> Tensor:
+        """Layers first..last (inclusive) on `hidden`, called as recorded.
+
+        Args:
+            hidden: (batch x positions x d) entering layer `first`.
+
+        Returns:
+            (batch x positions x d) leaving layer `last`.
+        """
+        for layer in range(first, last + 1):
+            args, kwargs = recording.calls[layer]
+            hidden = hidden_of(self.layers[layer](hidden, *args, **kwargs))
+        return hidden
+
+    def module_input(self, recording: Recording, hidden: Tensor, layer: int) -> Tensor:
+        """The input of the edited module of `layer`, for hidden states entering that layer.
+
+        Returns:
+            (batch x positions x in)
+        """
+        captured: list[Tensor] = []
+
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            captured.append(args[0])
+            raise _Stop
+
+        handle = self.rewrite[layer].register_forward_pre_hook(before)
+        try:
+            self.run(recording, hidden, layer, layer)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return captured[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head on (... x d) hidden states, in float32: (... x vocabulary)."""
+        return self.lm_head(self.ln_f(hidden)).float()
+
+    def module_inputs(self, inputs: dict[str, Any]) -> dict[int, Tensor]:
+        """One pass that stops at the highest edited layer: layer -> input of its edited module (batch x pos x in)."""
+        captured: dict[int, Tensor] = {}
+        highest = max(self.rewrite)
+
+        def before(layer: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                captured[layer] = args[0]
+                if layer == highest:
+                    raise _Stop
+
+            return hook
+
+        with ExitStack() as hooks:
+            for layer, module in self.rewrite.items():
+                hooks.callback(module.register_forward_pre_hook(before(layer)).remove)
+            self._forward(inputs)
+        return captured
+
+    def _forward(self, inputs: dict[str, Any]) -> None:
+        try:
+            self.model(**inputs)
+        except _Stop:
+            pass
+
+    def _find_layers(self) -> list[nn.Module]:
+        template, found = self.hparams.layer_module_tmp, []
+        while True:
+            try:
+                found.append(self.model.get_submodule(template.format(len(found))))
+            except AttributeError:
+                break
+        if not found:
+            self._module("layer_module_tmp", template.format(0))
+        return found
+
+    def _module(self, key: str, path: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError as error:
+            raise SphereError(
+                f"{type(self.model).__name__} has no module '{path}': correct {key} in the hyperparameter file."
+            ) from error
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no gradients for the model's own parameters, for the length of the block."""
+    training = model.training
+    required = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in required:
+            parameter.requires_grad_(True)
+
+
+def pad_left(rows: Sequence[Sequence[int]], width: int, value: int, device: torch.device) -> Tensor:
+    """(rows x width) of token ids, each row's tokens at its end."""
+    return torch.tensor([[value] * (width - len(r)) + list(r) for r in rows], dtype=torch.long, device=device)
+
+
+def pad_right(rows: Sequence[Sequence[int]], width: int, value: int, device: torch.device) -> Tensor:
+    """(rows x width) of token ids, each row's tokens at its beginning."""
+    return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
+
+
+def packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of rows in groups of similar length, each at most `budget` tokens when padded (never empty)."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and (len(groups[-1]) + 1) * lengths[index] <= budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
