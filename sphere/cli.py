@@ -1,0 +1,152 @@
+"""What every command line shares: errors as one sentence, logging beside progress bars, the common flags.
+
+Knows argparse and exit codes. It knows nothing of models, data or methods, and imports none of them, so that
+`--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm.auto import tqdm
+
+from sphere.errors import SphereError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+DATASETS = ("starter", "cf", "mcf", "zsre")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's line breaks; shows each default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one `error: ...` line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_ERROR, f"error: {message.rstrip('.')}; see --help.\n")
+
+
+def make_parser(description: str | None, **options: Any) -> Parser:
+    """A parser for one command; `description` is usually the script's docstring."""
+    return Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+
+def positive_int(text: str) -> int:
+    """The type of a flag that counts something: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got '{text}'")
+    return value
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """--model_name, --device, --dtype, --device_map: the arguments of `sphere.models.load_model`."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model_name",
+        default="SmolLM2-135M",
+        help="the embedded default model, a folder, a .gguf file or a Hugging Face hub id",
+    )
+    group.add_argument(
+        "--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..."
+    )
+    group.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto (float32 on CPU, the checkpoint's own on a GPU), float32, bfloat16, float16 or float64",
+    )
+    group.add_argument(
+        "--device_map", default=None, help="spread the layers over devices, e.g. auto; overrides --device"
+    )
+
+
+def add_data_flags(parser: argparse.ArgumentParser, ds_name: str | None = "starter") -> None:
+    """--ds_name (default `ds_name`), --data_dir, --dataset_size_limit: the arguments of `sphere.data.load_records`."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--ds_name",
+        choices=DATASETS,
+        default=ds_name,
+        help="starter (embedded), cf (CounterFact), mcf (the part of it that MEMIT's line of work uses) or zsre",
+    )
+    group.add_argument(
+        "--data_dir",
+        type=Path,
+        default=Path("data"),
+        help="folder with the published files; cf, mcf and zsre are downloaded into it when missing",
+    )
+    group.add_argument(
+        "--dataset_size_limit",
+        type=positive_int,
+        default=None,
+        help="use only the first so many records (default: all)",
+    )
+
+
+class _ProgressHandler(logging.Handler):
+    """Writes log lines to stderr without tearing progress bars apart."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def set_up_logging(level: int = logging.INFO) -> None:
+    """Log lines of this package to stderr, between progress bars; other libraries only their errors."""
+    handler = _ProgressHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("sphere").setLevel(level)
+    for noisy in ("transformers", "httpx", "urllib3", "datasets"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run_cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
+    """Run a script's `main(argv)` and exit: 0 (or what it returns), 2 after one `error: ...` line, 130 on Ctrl-C.
+
+    Other exceptions are bugs and keep their traceback.
+    """
+    set_up_logging()
+    try:
+        code = main(None)
+    except SphereError as error:
+        code = _complain(str(error))
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except OSError as error:
+        code = _complain(_os_sentence(error))
+    sys.exit(code or 0)
+
+
+def _complain(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return EXIT_ERROR
+
+
+def _os_sentence(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    what = f"{error.strerror or error}{where}"
+    if error.errno == errno.ENOSPC:
+        return f"{what}: free some space, or choose another folder with --output_dir or --data_dir."
+    return f"{what}: check that the path exists and may be read and written."
