@@ -79,13 +79,13 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_data_flags(parser: argparse.ArgumentParser, ds_name: str | None = "starter") -> None:
-    """--ds_name (default `ds_name`), --data_dir, --dataset_size_limit: the arguments of `sphere.data.load_records`."""
+    """--ds_name (default `ds_name`), --data_dir, --dataset_size_limit: what `load_records` takes."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--ds_name",
         choices=DATASETS,
         default=ds_name,
-        help="starter (embedded), cf (CounterFact), mcf (the part of it that MEMIT's line of work uses) or zsre",
+        help="starter (embedded), cf (CounterFact), mcf (the part of it that MEMIT uses) or zsre",
     )
     group.add_argument(
         "--data_dir",
@@ -122,7 +122,7 @@ def set_up_logging(level: int = logging.INFO) -> None:
 
 
 def run_cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
-    """Run a script's `main(argv)` and exit: 0 (or what it returns), 2 after one `error: ...` line, 130 on Ctrl-C.
+    """Run a script's `main` and exit: 0 (or what it returns), 2 after an `error: ...` line, 130 on Ctrl-C.
 
     Other exceptions are bugs and keep their traceback.
     """
