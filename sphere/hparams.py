@@ -42,7 +42,9 @@ class ModuleHParams:
             raise SphereError(f"layers must be increasing layer numbers, got {list(self.layers)}.")
         for key in ("rewrite_module_tmp", "layer_module_tmp"):
             if "{}" not in getattr(self, key):
-                raise SphereError(f"{key} must hold '{{}}' for the layer's number, got {getattr(self, key)!r}.")
+                raise SphereError(
+                    f"{key} must hold '{{}}' for the layer's number, got {getattr(self, key)!r}."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: what a run's configuration keeps."""
@@ -115,7 +117,9 @@ def load_hparams(path: str | Path, kind: type[H]) -> H:
         raise SphereError(f"No hyperparameter file {path}: give --hparams_fname one of: {choices}.")
     content = read_json(path, "hyperparameter file")
     if not isinstance(content, dict):
-        raise SphereError(f"The hyperparameter file {path} must hold a JSON object, got {type(content).__name__}.")
+        raise SphereError(
+            f"The hyperparameter file {path} must hold a JSON object, got {type(content).__name__}."
+        )
     try:
         return hparams_from_dict(content, kind)
     except SphereError as error:

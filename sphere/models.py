@@ -6,6 +6,7 @@ hyperparameters (`sphere.layers`).
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -135,3 +136,13 @@ def embedded_gguf(name: str) -> tuple[str, str]:
             "(or `make setup`)."
         )
     return str(files[0].parent), files[0].name
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of all parameters: two models share it only if they are equal."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        flat = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(flat.numpy().data)
+    return digest.hexdigest()

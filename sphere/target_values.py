@@ -102,7 +102,9 @@ def _rows(
         ids, start = encode_pair(tokenizer, filled.text, request.target_new)
         lookup = subject_token(tokenizer, encode(tokenizer, filled.text), filled.subject_end, what)
         if lookup >= start:
-            raise SphereError(f"The subject of {what} shares its last token with the target: check the prompt.")
+            raise SphereError(
+                f"The subject of {what} shares its last token with the target: check the prompt."
+            )
         scored = tuple((position - 1, ids[position]) for position in range(start, len(ids)))
         rows.append(_Row(index, ids[:-1], lookup, scored, bare=template == BARE))
     essence = ESSENCE.format(request.subject)

@@ -1,0 +1,87 @@
+"""AlphaEdit (Fang et al., ICLR 2025): updates in the null space of preserved knowledge, aware of earlier edits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sphere.errors import SphereError
+from sphere.hparams import HParams
+from sphere.methods.base import Method, Update, Workspace, spread_residual
+from sphere.null_space import Projector, null_space_projector
+from sphere.requests import EditRequest
+from sphere.solvers import SequentialSolve, load_keys, save_keys
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlphaEditHParams(HParams):
+    """AlphaEdit's keys.
+
+    Attributes:
+        nullspace_threshold: eigenvalues of E[k k^T] below it count as null.
+        L2: ridge of the solve.
+    """
+
+    nullspace_threshold: float
+    L2: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.L2 > 0:
+            raise SphereError(f"L2 must be positive, got {self.L2}: without it the solve is singular.")
+
+
+class AlphaEdit(Method):
+    """Delta = R K^T P (K K^T P + C P + L2 I)^-1 (eq. 14), layer after layer on the weights edited so far.
+
+    C is the sum of K K^T over earlier batches. The keys of a layer depend only on the layers below it, which have
+    their final weights of this batch when the layer is solved: the keys of the solve are those that "recomputed after
+    the batch was written" would give, so they are kept as they are.
+    """
+
+    name = "AlphaEdit"
+    reference = "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355"
+    hparams_class = AlphaEditHParams
+    default_alpha = 0.5
+
+    def __init__(self, workspace: Workspace, hparams: AlphaEditHParams) -> None:
+        super().__init__(workspace, hparams)
+        self.solves: dict[int, SequentialSolve] = {}
+        self.projectors: dict[int, Projector] = {}
+
+    def prepare(self) -> None:
+        for layer in self.hparams.layers:
+            if layer in self.solves:
+                continue
+            projector = null_space_projector(
+                self.workspace.moments.get(layer), self.hparams.nullspace_threshold
+            )
+            log.info("Layer %d: null space of dimension %d.", layer, projector.dim)
+            self.projectors[layer] = projector
+            self.solves[layer] = SequentialSolve(projector.apply, self.hparams.L2, f"layer {layer}")
+
+    def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
+        self.prepare()
+        targets = self.workspace.target_values(requests).z.T  # out x n
+        walk = self.workspace.walk(requests)
+        layers = self.hparams.layers
+        for index, layer in enumerate(layers):
+            keys = walk.keys(layer)  # K: in x n
+            residual = spread_residual(
+                targets.to(keys.device), walk.outputs(max(layers)), len(layers) - index
+            )
+            x = self.solves[layer].solve(keys)  # in x n
+            yield self.workspace.stack.weight_name(layer), residual.to(x) @ x.T
+            self.solves[layer].append(keys)
+
+    def state(self) -> dict[str, Tensor]:
+        return save_keys(self.solves)
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.prepare()
+        load_keys(self.solves, state)
