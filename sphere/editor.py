@@ -166,6 +166,7 @@ class Editor:
     def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Take up a state saved by `state` on the same model."""
         device = self.workspace.stack.device
+        self.method.prepare()  # on the unedited model
         self.method.load_state(
             {k.removeprefix("method/"): v.to(device) for k, v in tensors.items() if k.startswith("method/")}
         )

@@ -9,7 +9,7 @@ of editing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -249,10 +249,8 @@ class LayerStack:
         return captured
 
     def _forward(self, inputs: dict[str, Any]) -> None:
-        try:
+        with suppress(_Stop):
             self.model(**inputs)
-        except _Stop:
-            pass
 
     def _find_layers(self) -> list[nn.Module]:
         template, found = self.hparams.layer_module_tmp, []

@@ -139,7 +139,7 @@ def embedded_gguf(name: str) -> tuple[str, str]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes, dtypes and bytes of all parameters: two models share it only if they are equal."""
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters: equal only for equal models."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())

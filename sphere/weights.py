@@ -62,7 +62,8 @@ class EditedWeights:
             weight = self.get(name)
             if delta.shape != weight.shape:
                 raise SphereError(
-                    f"The update of '{name}' has shape {tuple(delta.shape)}, the weight (out x in) has {tuple(weight.shape)}."
+                    f"The update of '{name}' has shape {tuple(delta.shape)}, but the weight (out x in) has "
+                    f"{tuple(weight.shape)}."
                 )
             weight += delta.to(weight)
             self._publish(name)

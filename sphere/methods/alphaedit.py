@@ -83,5 +83,4 @@ class AlphaEdit(Method):
         return save_keys(self.solves)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.prepare()
         load_keys(self.solves, state)

@@ -132,7 +132,7 @@ class Method(ABC):
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (optional)
-        """Take up a saved state."""
+        """Take up a saved state; `prepare` was called before."""
 
 
 def spread_residual(targets: Tensor, outputs: Tensor, layers_left: int) -> Tensor:

@@ -76,5 +76,4 @@ class MEMITSeq(MEMIT):
         return save_keys(self.solves)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.prepare()
         load_keys(self.solves, state)

@@ -1,0 +1,130 @@
+"""Edit a model sequentially, in batches, and score what the edits did.
+
+With no flags at all: 100 facts of the embedded starter set, in batches of 20, into the embedded default model, by
+AlphaEdit with the SPHERE projection. Everything lands in
+
+    <output_dir>/<alg_name>/<model>/<ds_name>_weight_data_batch_<num_edits>_<beta_hse>_<alpha>/
+
+    run.json          the full configuration, and the command
+    edit_<n>          weights of the edited layers after n edits (edit_0: the original ones)
+    batches.jsonl     what each batch did to each layer
+    summary/          scores of the unedited model and of every checkpoint
+
+--beta_hse=0 runs the plain method, without SPHERE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from sphere.cli import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags; those that decide the run have the names of `sphere.run.RunConfig`."""
+    parser = make_parser(__doc__)
+    edit = parser.add_argument_group("editing")
+    edit.add_argument("--alg_name", default="AlphaEdit", help="the method; --list_methods shows them all")
+    edit.add_argument(
+        "--hparams_fname",
+        default=None,
+        help="file in <hparams_dir>/<alg_name>/ (default: the model's name + .json)",
+    )
+    edit.add_argument("--hparams_dir", default="hparams", help="where hyperparameter files are")
+    edit.add_argument("--num_edits", type=positive_int, default=20, help="edits per batch")
+    edit.add_argument(
+        "--beta_hse",
+        type=float,
+        default=0.5,
+        help="SPHERE: cumulative ratio that decides how many directions are principal; 0 switches it off",
+    )
+    edit.add_argument(
+        "--alpha",
+        type=float,
+        default=None,
+        help="SPHERE: suppression strength (default: the paper's, 0.5 for AlphaEdit and 0.8 for the others)",
+    )
+    edit.add_argument("--seed", type=int, default=0, help="of everything that is sampled")
+    edit.add_argument("--list_methods", action="store_true", help="print the methods there are, and stop")
+    add_model_flags(parser)
+    add_data_flags(parser)
+    parser.set_defaults(dataset_size_limit=100, data_dir="data")
+    out = parser.add_argument_group("output")
+    out.add_argument("--output_dir", default="Edited_Weight", help="where runs are written")
+    out.add_argument(
+        "--checkpoints",
+        default="ends",
+        help="which weights to save besides edit_0: ends (first and last batch), all, or numbers of edits: 100,300",
+    )
+    out.add_argument(
+        "--continue_from_run", action="store_true", help="go on with the run of these flags where it stopped"
+    )
+    out.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
+    score = parser.add_argument_group("scoring")
+    score.add_argument(
+        "--skip_scoring", action="store_true", help="edit only; scripts.evaluate_each_epoch scores later"
+    )
+    score.add_argument(
+        "--skip_generation_tests", action="store_true", help="score probabilities only, generate no text"
+    )
+    score.add_argument(
+        "--generation_test_interval",
+        type=int,
+        default=0,
+        help="generate text for every so-many-th case; 0 or below: never",
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--conserve_memory",
+        action="store_true",
+        help="keep second moments, projectors and original weights off the GPU",
+    )
+    machine.add_argument(
+        "--use_cache", action="store_true", help="keep target values z on disk for methods that share them"
+    )
+    machine.add_argument(
+        "--batch_tokens",
+        type=positive_int,
+        default=2048,
+        help="tokens in one forward pass: less needs less memory",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, edit, score, print."""
+    arguments = parser().parse_args(argv)
+    from sphere.methods import available_methods
+
+    if arguments.list_methods:
+        for name, method in available_methods().items():
+            print(f"{name:12s} {method.reference} (default alpha {method.default_alpha:g})")
+        return 0
+    from sphere.evaluation import evaluate_run
+    from sphere.run import RunConfig, execute
+    from sphere.summary import format_table
+
+    fields = {f.name for f in dataclasses.fields(RunConfig)}
+    values = {k: v for k, v in vars(arguments).items() if k in fields}
+    run = execute(RunConfig(**{**values, "data_dir": str(values["data_dir"])}))
+    print(f"\nWeights and log: {run.folder}")
+    if arguments.skip_scoring:
+        return 0
+    run.editor.revert()
+    interval = 0 if arguments.skip_generation_tests else max(arguments.generation_test_interval, 0)
+    summary = evaluate_run(
+        run.model,
+        run.tokenizer,
+        run.folder,
+        run.records,
+        generation_interval=interval,
+        data_dir=arguments.data_dir,
+    )
+    print(format_table(summary))
+    print(f"\nScores: {run.folder / 'summary' / 'summary.json'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

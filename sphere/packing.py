@@ -1,0 +1,270 @@
+"""Scoring many token sequences with few forward passes: shared prefixes are computed once, rows hardly padded.
+
+Sequences are sorted and laid out as prefix trees, several trees in one row. A token attends to its ancestors only
+and its position is its depth, so each path through a tree is scored as if it stood alone. Where a model cannot take
+such masks (recurrent models, ALiBi), which a small probe finds out, each sequence gets a right-padded row of its
+own. Logits are computed at the scored positions only, by the model's own forward, so that scaled or capped logits
+stay right.
+
+Knows token ids and models. Knows nothing of tokenizers, prompts or metrics.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from sphere.errors import SphereError
+
+log = logging.getLogger(__name__)
+
+ROW_TOKENS = 256  # long enough to waste little, short enough that attention stays cheap beside the MLPs
+LOGIT_VALUES = 1 << 27  # logits held at once: 512 MiB in float32
+
+
+class Scored(NamedTuple):
+    """A sequence of token ids of which `ids[start:]` is to be scored; `start` is at least 1."""
+
+    ids: tuple[int, ...]
+    start: int
+
+
+class TokenScores(NamedTuple):
+    """For each scored token: its negative log-likelihood (nats), and the argmax of the model in its place."""
+
+    nll: np.ndarray  # (T,) float64
+    predicted: np.ndarray  # (T,) int64
+
+    def hits(self, scored: Scored) -> list[bool]:
+        """For each scored token: is it the argmax?"""
+        return (self.predicted == np.array(scored.ids[scored.start :])).tolist()
+
+
+@dataclass
+class Row:
+    """Token ids as nodes of prefix trees: `parents[i]` < i is the node before node i, -1 at a root."""
+
+    tokens: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    paths: list[tuple[Scored, list[int]]] = field(default_factory=list)  # nodes of each sequence, root first
+
+    def shared(self, ids: Sequence[int]) -> list[int]:
+        """The nodes of the latest sequence that begin `ids` too."""
+        if not self.paths:
+            return []
+        latest, path = self.paths[-1]
+        common = 0
+        while common < min(len(latest.ids), len(ids)) and latest.ids[common] == ids[common]:
+            common += 1
+        return path[:common]
+
+    def add(self, scored: Scored, shared: list[int]) -> None:
+        """Append the nodes of a sequence after those that it shares."""
+        path = list(shared)
+        for token in scored.ids[len(shared) :]:
+            self.tokens.append(token)
+            self.parents.append(path[-1] if path else -1)
+            self.depths.append(len(path))
+            path.append(len(self.tokens) - 1)
+        self.paths.append((scored, path))
+
+    def attention(self, length: int) -> np.ndarray:
+        """(length, length) bool: node i sees node j if j is i or an ancestor of i. Padding sees itself."""
+        sees = np.eye(length, dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                sees[node] |= sees[parent]
+        return sees
+
+    @property
+    def scored_nodes(self) -> set[int]:
+        """Nodes whose next-token distribution is asked for."""
+        return {node for scored, path in self.paths for node in path[scored.start - 1 : -1]}
+
+
+def pack(sequences: Sequence[Scored], row_tokens: int = ROW_TOKENS) -> list[Row]:
+    """Lay sequences out as prefix trees, each row filled up to `row_tokens` (more only for a longer sequence)."""
+    rows: list[Row] = []
+    for scored in sorted(set(sequences)):  # neighbors in this order share the longest prefixes
+        shared = rows[-1].shared(scored.ids) if rows else []
+        if not rows or len(rows[-1].tokens) + len(scored.ids) - len(shared) > row_tokens:
+            rows.append(Row())
+            shared = []
+        rows[-1].add(scored, shared)
+    return rows
+
+
+def one_per_row(sequences: Sequence[Scored]) -> list[Row]:
+    """Each sequence in its own row, by length."""
+    rows = []
+    for scored in sorted(set(sequences), key=lambda s: (len(s.ids), s)):
+        rows.append(Row())
+        rows[-1].add(scored, [])
+    return rows
+
+
+def _batches(rows: Sequence[Row], batch_tokens: int, batch_scored: int) -> Iterator[list[Row]]:
+    """Neighboring rows together, up to so many tokens with padding and so many scored positions."""
+    batch: list[Row] = []
+    longest = scored = 0
+    for row in rows:
+        length, n_scored = len(row.tokens), len(row.scored_nodes)
+        grown = max(longest, length)
+        if batch and (grown * (len(batch) + 1) > batch_tokens or scored + n_scored > batch_scored):
+            yield batch
+            batch, grown, scored = [], length, 0
+        batch.append(row)
+        longest, scored = grown, scored + n_scored
+    if batch:
+        yield batch
+
+
+class PackedScorer:
+    """Teacher-forced scores of token sequences under one model.
+
+    Args:
+        model: any causal language model of transformers, in evaluation mode.
+        batch_tokens: tokens of one forward pass (default: 2048 on the CPU, 16384 elsewhere).
+    """
+
+    def __init__(self, model: Any, batch_tokens: int | None = None) -> None:
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
+        self.trees: bool | None = None  # whether the model takes tree masks; asked at the first call
+
+    def score(self, sequences: Sequence[Scored], progress: tqdm | None = None) -> dict[Scored, TokenScores]:
+        """Score every distinct sequence.
+
+        Args:
+            progress: a bar that is moved by the number of sequences done.
+
+        Raises:
+            SphereError: a sequence is longer than the model's positions.
+        """
+        self._check_lengths(sequences)
+        if self.trees is None:
+            self.trees = self._takes_trees(sequences)
+        rows = pack(sequences, min(ROW_TOKENS, self.batch_tokens)) if self.trees else one_per_row(sequences)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        results: dict[Scored, TokenScores] = {}
+        for batch in _batches(rows, self.batch_tokens, max(1, LOGIT_VALUES // vocabulary)):
+            found = self._forward(batch, self.trees)
+            results |= found
+            if progress is not None:
+                progress.update(len(found))
+        return results
+
+    def _check_lengths(self, sequences: Sequence[Scored]) -> None:
+        longest = max((len(scored.ids) for scored in sequences), default=0)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions and longest > positions:
+            raise SphereError(
+                f"A prompt has {longest} tokens with its target, the model only {positions} positions: "
+                "shorten or remove the record."
+            )
+
+    @torch.no_grad()
+    def _forward(self, batch: Sequence[Row], trees: bool) -> dict[Scored, TokenScores]:
+        length = max(len(row.tokens) for row in batch)
+        ids = np.zeros((len(batch), length), dtype=np.int64)  # any id will do as padding: nothing sees it
+        for b, row in enumerate(batch):
+            ids[b, : len(row.tokens)] = row.tokens
+        nodes = [(b, node) for b, row in enumerate(batch) for node in sorted(row.scored_nodes)]
+        inputs = self._tree_inputs(batch, length) if trees else self._padded_inputs(batch, length)
+        with _logits_at(self.model, nodes) as select:
+            output = self.model(input_ids=self._tensor(ids), **inputs, use_cache=False)
+            logits = select(output.logits)  # (N, vocabulary)
+        index = {node: n for n, node in enumerate(nodes)}
+        asked = [
+            (index[b, path[i - 1]], scored.ids[i])
+            for b, row in enumerate(batch)
+            for scored, path in row.paths
+            for i in range(scored.start, len(path))
+        ]
+        where = torch.tensor([n for n, _ in asked], device=logits.device)
+        tokens = torch.tensor([token for _, token in asked], device=logits.device)
+        normaliser = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(256)])  # (N,)
+        nll = (normaliser[where] - logits[where, tokens].float()).double().cpu().numpy()
+        predicted = logits.argmax(-1)[where].cpu().numpy()
+        return _by_sequence(batch, nll, predicted)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _tree_inputs(self, batch: Sequence[Row], length: int) -> dict[str, Tensor]:
+        sees = self._tensor(np.stack([row.attention(length) for row in batch]))[:, None]  # (B, 1, L, L)
+        dtype = self.model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
+        mask.masked_fill_(~sees, torch.finfo(dtype).min)
+        positions = np.zeros((len(batch), length), dtype=np.int64)
+        for b, row in enumerate(batch):
+            positions[b, : len(row.depths)] = row.depths
+        return {"attention_mask": mask, "position_ids": self._tensor(positions)}
+
+    def _padded_inputs(self, batch: Sequence[Row], length: int) -> dict[str, Tensor]:
+        lengths = np.array([len(row.tokens) for row in batch])
+        return {"attention_mask": self._tensor((np.arange(length) < lengths[:, None]).astype(np.int64))}
+
+    def _takes_trees(self, sequences: Sequence[Scored]) -> bool:
+        """Score a few sequences both ways: does the model heed tree masks and positions?"""
+        few = sorted(set(sequences))[:4]
+        few += sorted({Scored((*scored.ids[:-1], few[0].ids[-1]), scored.start) for scored in few} - set(few))
+        plain = self._forward(one_per_row(few), trees=False)
+        try:
+            packed = self._forward(pack(few, row_tokens=sum(len(scored.ids) for scored in few)), trees=True)
+        except Exception as error:  # a model may refuse such a mask in any way it likes
+            log.info("%s does not take tree masks (%s)", type(self.model).__name__, error)
+            return False
+        difference = max(float(np.abs(packed[key].nll - plain[key].nll).max()) for key in few)
+        tolerance = 1e-3 if torch.finfo(self.model.dtype).bits >= 32 else 0.2
+        if not difference < tolerance:
+            log.info("%s does not heed tree masks: every prompt is run by itself", type(self.model).__name__)
+        return difference < tolerance
+
+
+def _by_sequence(batch: Sequence[Row], nll: np.ndarray, predicted: np.ndarray) -> dict[Scored, TokenScores]:
+    """Cut the flat results of a batch into those of its sequences."""
+    results, start = {}, 0
+    for row in batch:
+        for scored, path in row.paths:
+            end = start + len(path) - scored.start
+            results[scored] = TokenScores(nll[start:end], predicted[start:end])
+            start = end
+    return results
+
+
+@contextmanager
+def _logits_at(model: Any, nodes: Sequence[tuple[int, int]]) -> Iterator[Any]:
+    """Within the block the model computes logits at `nodes` (row, position) only.
+
+    Its output embedding is handed the hidden states of these positions, as one row. Yields the function that
+    turns the output's logits into (N, vocabulary).
+    """
+    rows, columns = torch.tensor(nodes).T
+
+    def at_nodes(values: Tensor) -> Tensor:  # (B, L, d) -> (N, d)
+        return values[rows.to(values.device), columns.to(values.device)]
+
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        yield at_nodes
+        return
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (at_nodes(args[0])[None], *args[1:])
+
+    handle = head.register_forward_pre_hook(before)
+    try:
+        yield lambda logits: logits[0]
+    finally:
+        handle.remove()
