@@ -5,9 +5,9 @@ under editing: SPHERE (arXiv 2510.01172, section 3) after Liu et al. 2018 (arXiv
 knows nothing of models, methods or files.
 
 All sums run over pairs of neurons in blocks of rows, so that beside the weight only a few blocks are in memory
-(about 0.2 GB for 3584 x 18944). Three conventions hold throughout:
+(about 0.1 GB for 3584 x 18944). Three conventions hold throughout:
 
-- Zero rows have no direction: they are left out, of sums and of counts.
+- Zero rows (norm below `ZERO_NORM`) have no direction: they are left out, of sums and of counts.
 - Distances below `DISTANCE_EPS` (duplicate rows) count as `DISTANCE_EPS`, so that duplicates weigh much but
   finitely: 1 / 1e-6 each for s = 1. Duplicates still belong to the sum.
 - d^2 = 2 - 2 cos loses its digits for neighbours. Pairs that are near for float32 are computed again, by a float64
@@ -26,12 +26,15 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 
+ZERO_NORM = 1e-30  # row norms below count as zero
 DISTANCE_EPS = 1e-6  # distances below count as this
 BLOCK_ROWS = 1024  # rows per block where in_features is small
 BLOCK_ENTRIES = 4_000_000  # entries per block of rows, 32 MB in float64
 NEAR_FLOAT32 = 0.1  # d^2 below: a float32 Gram is not exact enough (times s for s > 1)
 NEAR_FLOAT64 = 1e-6  # d^2 below: not even a float64 Gram is
 MANY_NEAR = 1 / 64  # share of near pairs in a block from which the whole block is computed in float64
+
+NOT_FINITE = "Hyperspherical measures need a finite (out x in) matrix of floating-point numbers."
 
 
 def hyperspherical_energy(weight: Tensor, s: float = 1.0) -> float:
@@ -142,7 +145,9 @@ def cosine_distribution(
 
 def _check_pairs(pairs: int) -> None:
     if pairs == 0:
-        raise SphereError("The weight has fewer than two non-zero rows: there is no pair of neurons to compare.")
+        raise SphereError(
+            "The weight has fewer than two non-zero rows: there is no pair of neurons to compare."
+        )
 
 
 def principal_share(delta: Tensor, basis: Tensor) -> float:
@@ -180,6 +185,8 @@ def condition_number(weight: Tensor) -> float:
     peak = float(weight.abs().max()) if weight.numel() else 0.0
     if peak == 0:
         return math.inf
+    if not math.isfinite(peak):
+        raise SphereError(NOT_FINITE)
     for dtype, trusted in ((weight.dtype, 1e5), (torch.float64, 1e14)):
         scaled = weight.to(dtype) / peak  # squares neither overflow nor vanish
         values = torch.linalg.eigvalsh(scaled @ scaled.T)  # ascending
@@ -232,8 +239,8 @@ def _norm(matrix: Tensor) -> float:
 
 
 def _checked(weight: Tensor) -> Tensor:
-    if weight.ndim != 2 or not weight.is_floating_point() or not bool(torch.isfinite(weight).all()):
-        raise SphereError("Hyperspherical measures need a finite (out x in) matrix of floating-point numbers.")
+    if weight.ndim != 2 or not weight.is_floating_point():
+        raise SphereError(NOT_FINITE)
     return weight if weight.dtype == torch.float64 else weight.detach().float()
 
 
@@ -244,11 +251,16 @@ def _squared_distances(weight: Tensor, near: float) -> Iterator[Tensor]:
         near: squared distance below which float32 is not trusted.
     """
     weight = _checked(weight)
-    norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64)  # out x 1
-    if not bool((norms > 0).all()):
-        present = norms[:, 0] > 0
-        weight, norms = weight[present], norms[present]
     step = max(1, min(BLOCK_ROWS, BLOCK_ENTRIES // max(1, weight.shape[1])))
+    parts = [
+        torch.linalg.vector_norm(p, dim=1, keepdim=True, dtype=torch.float64) for p in weight.split(step)
+    ]
+    norms = torch.cat(parts)  # out x 1
+    if not bool(torch.isfinite(norms).all()):
+        raise SphereError(NOT_FINITE)
+    present = norms[:, 0] >= ZERO_NORM
+    if not bool(present.all()):
+        weight, norms = weight[present], norms[present]
     starts = range(0, weight.shape[0], step)
     for i in starts:
         for j in starts[starts.index(i) :]:
@@ -257,8 +269,9 @@ def _squared_distances(weight: Tensor, near: float) -> Iterator[Tensor]:
             if i != j:
                 yield squared.reshape(-1)
             elif squared.shape[0] > 1:
-                upper = torch.triu_indices(*squared.shape, offset=1, device=squared.device)
-                yield squared.reshape(-1)[upper[0] * squared.shape[1] + upper[1]]
+                b = squared.shape[0]
+                i_upper, j_upper = torch.triu_indices(b, b, offset=1, device=squared.device)
+                yield squared.reshape(-1)[i_upper * b + j_upper]
 
 
 def _block(weight: Tensor, norms: Tensor, rows: slice, columns: slice, near: float) -> Tensor:
