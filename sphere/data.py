@@ -1,7 +1,7 @@
 """Facts to edit and the prompts that measure the edit, read from the published datasets' own formats.
 
-Knows the formats of CounterFact (cf, mcf), of zsRE as MEND published it, and where to fetch them. Knows nothing
-of models, tokenizers or scores.
+Knows the formats of CounterFact (cf, mcf), of zsRE as MEND published it, and where to fetch them. Knows
+nothing of models, tokenizers or scores.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def load_records(ds_name: str, data_dir: str | Path = "data", limit: int | None 
         first = seen.setdefault(record.case_id, index)
         if first != index:
             raise SphereError(
-                f"Records {first} and {index} of {path} share the case_id {record.case_id}: give each its own."
+                f"Records {first} and {index} of {path} share the case_id {record.case_id}: renumber one."
             )
     log.info("%s: %d of %d records", path, len(records), len(content))
     return records

@@ -152,6 +152,8 @@ class PackedScorer:
             SphereError: a sequence is longer than the model's positions.
         """
         self._check_lengths(sequences)
+        if not sequences:
+            return {}
         if self.trees is None:
             self.trees = self._takes_trees(sequences)
         rows = pack(sequences, min(ROW_TOKENS, self.batch_tokens)) if self.trees else one_per_row(sequences)
@@ -195,7 +197,8 @@ class PackedScorer:
         tokens = torch.tensor([token for _, token in asked], device=logits.device)
         normaliser = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(256)])  # (N,)
         nll = (normaliser[where] - logits[where, tokens].float()).double().cpu().numpy()
-        predicted = logits.argmax(-1)[where].cpu().numpy()
+        broken = ~normaliser.isfinite()  # a model that an edit destroyed predicts nothing
+        predicted = logits.argmax(-1).masked_fill(broken, -1)[where].cpu().numpy()
         return _by_sequence(batch, nll, predicted)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
@@ -216,9 +219,10 @@ class PackedScorer:
         return {"attention_mask": self._tensor((np.arange(length) < lengths[:, None]).astype(np.int64))}
 
     def _takes_trees(self, sequences: Sequence[Scored]) -> bool:
-        """Score a few sequences both ways: does the model heed tree masks and positions?"""
-        few = sorted(set(sequences))[:4]
-        few += sorted({Scored((*scored.ids[:-1], few[0].ids[-1]), scored.start) for scored in few} - set(few))
+        """Score a forked tree and a second one beside it both ways: are tree masks and positions heeded?"""
+        ids = min((scored.ids for scored in sequences), key=len)
+        half, turned = len(ids) // 2, ids[::-1]
+        few = [Scored(path, 1) for path in (ids, ids[:half] + turned[: len(ids) - half], turned)]
         plain = self._forward(one_per_row(few), trees=False)
         try:
             packed = self._forward(pack(few, row_tokens=sum(len(scored.ids) for scored in few)), trees=True)

@@ -115,7 +115,7 @@ def score_records(
         One JSON-able dict per record: case_id, kind, subject, target_new, target_true, and for each of rewrite,
         paraphrase and neighborhood a list with one entry per prompt:
         CounterFact: prompt, nll_new, nll_true (nats per token), success, accuracy (0/1), prob_diff (of the target
-        that should win minus the other, each exp(-nll)).
+        that should win minus the other, each exp(-nll)). Logits that are not finite succeed nowhere.
         zsRE: prompt, target, accuracy (share of tokens), predicted (argmax ids); neighbors have
         accuracy_given_answer and accuracy_unedited_prediction (None without `reference`) instead of accuracy.
 
@@ -163,7 +163,9 @@ def _questions(record: Record) -> list[tuple[str, str, tuple[str, ...]]]:
     request = record.request
     if record.kind == "zsre":
         own: tuple[str, ...] = (request.target_new,)
-        neighbors = [(prompt, (answer or "",)) for prompt, answer in record.neighborhood]
+        neighbors: list[tuple[str, tuple[str, ...]]] = [
+            (p, (answer or "",)) for p, answer in record.neighborhood
+        ]
     else:
         if request.target_true is None:
             raise SphereError(f"Case {record.case_id} has no true target: CounterFact's scores need one.")
@@ -186,12 +188,17 @@ def _compare_targets(
     wanted = 1 if keeps else 0
     difference = math.exp(-new) - math.exp(-true)
     return {
-        "nll_new": new,
-        "nll_true": true,
+        "nll_new": _finite(new),
+        "nll_true": _finite(true),
         "success": true < new if keeps else new < true,
         "accuracy": all(scores[wanted].hits(sequences[wanted])),
-        "prob_diff": -difference if keeps else difference,
+        "prob_diff": _finite(-difference if keeps else difference),
     }
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows no NaN: a number that a destroyed model could not give is null."""
+    return value if math.isfinite(value) else None
 
 
 def _answer_tokens(

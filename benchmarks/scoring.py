@@ -1,0 +1,108 @@
+"""Batched scoring beside one record at a time: ratio of speeds and largest difference of results.
+
+    python -m benchmarks.scoring --ds_name mcf --data_dir <folder> --dataset_size_limit 64
+
+The plain way runs all sequences of a record (each prompt with each target) in one padded forward pass and
+computes all logits. Both ways take turns over chunks of the records, so that a busy machine slows both alike.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from sphere.cli import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
+from sphere.data import Record, load_records
+from sphere.errors import SphereError
+from sphere.models import load_model
+from sphere.packing import Scored, TokenScores
+from sphere.scoring import RecordScorer, count_prompts
+
+
+class PlainScorer:
+    """One forward pass per record, right-padded, full logits."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def score(self, sequences: list[Scored], progress: Any = None) -> dict[Scored, TokenScores]:
+        """Score the sequences of one record."""
+        length = max(len(scored.ids) for scored in sequences)
+        device = self.model.get_input_embeddings().weight.device
+        ids = torch.zeros(len(sequences), length, dtype=torch.long, device=device)  # (B, L)
+        mask = torch.zeros_like(ids)
+        for b, scored in enumerate(sequences):
+            ids[b, : len(scored.ids)] = torch.tensor(scored.ids)
+            mask[b, : len(scored.ids)] = 1
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, L, V)
+        results = {}
+        for b, scored in enumerate(sequences):
+            at = logits[b, scored.start - 1 : len(scored.ids) - 1].float()  # (T, V)
+            tokens = torch.tensor(scored.ids[scored.start :], device=device)
+            nll = -at.log_softmax(-1)[torch.arange(len(tokens)), tokens]
+            results[scored] = TokenScores(nll.double().cpu().numpy(), at.argmax(-1).cpu().numpy())
+        return results
+
+
+def plain_scorer(model: Any, tokenizer: Any) -> RecordScorer:
+    """The project's metrics on top of `PlainScorer`; give it one record at a time."""
+    scorer = RecordScorer(model, tokenizer)
+    scorer.scorer = PlainScorer(model)  # type: ignore[assignment]
+    return scorer
+
+
+def differences(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> tuple[float, int]:
+    """Largest difference of a number, and how many of success and accuracy differ."""
+    largest, unequal = 0.0, 0
+    for a, b in zip(ours, plain, strict=True):
+        for section in ("rewrite", "paraphrase", "neighborhood"):
+            for x, y in zip(a[section], b[section], strict=True):
+                for key, value in x.items():
+                    if isinstance(value, float) and not key.startswith("accuracy"):
+                        largest = max(largest, abs(value - y[key]))
+                    elif key != "prompt":
+                        unequal += value != y[key]
+    return largest, unequal
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and fail below 2.5 times the plain speed or with unequal results."""
+    parser = make_parser(__doc__)
+    add_model_flags(parser)
+    add_data_flags(parser)
+    parser.set_defaults(dataset_size_limit=64)
+    parser.add_argument("--chunk", type=positive_int, default=32, help="records per turn")
+    parser.add_argument("--batch_tokens", type=positive_int, default=None, help="tokens of one forward pass")
+    args = parser.parse_args(argv)
+    records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)
+    model, tokenizer = load_model(args.model_name, args.device, args.dtype, args.device_map)
+    ours, plain = RecordScorer(model, tokenizer, args.batch_tokens), plain_scorer(model, tokenizer)
+    ours.score(records[:1], progress=False)  # warm up; also the probe of the mask
+    plain.score(records[:1], progress=False)
+    ours_seconds, plain_seconds, our_cases, plain_cases = 0.0, 0.0, [], []
+    for start in range(0, len(records), args.chunk):
+        chunk: list[Record] = records[start : start + args.chunk]
+        begin = time.perf_counter()
+        our_cases += ours.score(chunk, progress=False)
+        middle = time.perf_counter()
+        for record in chunk:
+            plain_cases += plain.score([record], progress=False)
+        ours_seconds += middle - begin
+        plain_seconds += time.perf_counter() - middle
+    prompts, ratio = count_prompts(our_cases), plain_seconds / ours_seconds
+    largest, unequal = differences(our_cases, plain_cases)
+    print(f"{len(records)} records of {args.ds_name}, {prompts} prompts, {torch.get_num_threads()} threads")
+    print(f"batched              {ours_seconds:8.2f} s {prompts / ours_seconds:8.1f} prompts/s")
+    print(f"one record at a time {plain_seconds:8.2f} s {prompts / plain_seconds:8.1f} prompts/s")
+    print(f"speed ratio {ratio:.2f}; largest difference of an NLL {largest:.1e}; successes and accuracies")
+    print(f"that differ: {unequal}")
+    if unequal or largest > 1e-4:
+        raise SphereError("The two ways disagree: the batched scores are wrong.")
+    return int(ratio < 2.5)
+
+
+if __name__ == "__main__":
+    run_cli(main)
