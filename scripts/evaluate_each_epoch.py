@@ -1,0 +1,110 @@
+"""Score the unedited model and every checkpoint of a run.
+
+With --ds_name: the edits. Writes <weight_folder>/summary/summary.json and prints the table.
+Without: the downstream tasks (reasoning, NLI, open- and closed-domain QA). Writes <weight_folder>/rect_eval/.
+
+Both go on where they were stopped: what is finished is not scored again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sphere.cli import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--weight_folder", type=Path, required=True, help="a run's folder, as experiments.evaluate wrote it"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of generation and of the bootstrap intervals")
+    parser.add_argument(
+        "--batch_tokens",
+        type=positive_int,
+        default=None,
+        help="tokens in one forward pass (default: by device)",
+    )
+    add_model_flags(parser)
+    add_data_flags(parser, ds_name=None)
+    generation = parser.add_argument_group("generation (with --ds_name)")
+    generation.add_argument(
+        "--generation_test_interval",
+        type=int,
+        default=0,
+        help="generate text for every so-many-th case; 0 or below: never",
+    )
+    generation.add_argument("--skip_generation_tests", action="store_true", help="generate no text")
+    downstream = parser.add_argument_group("downstream tasks (without --ds_name)")
+    downstream.add_argument(
+        "--num_tests", type=positive_int, default=None, help="only the first so many examples of each task"
+    )
+    downstream.add_argument(
+        "--tasks", type=_names, default=None, help="comma-separated names of tasks (default: all four)"
+    )
+    downstream.add_argument(
+        "--lm_eval_tasks", type=_names, default=None, help="also these tasks of lm-evaluation-harness: a,b,c"
+    )
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, score, print."""
+    args = parser().parse_args(argv)
+    return _downstream(args) if args.ds_name is None else _edits(args)
+
+
+def _edits(args: argparse.Namespace) -> int:
+    from sphere.checkpoints import list_checkpoints
+    from sphere.data import load_records
+    from sphere.evaluation import evaluate_run
+    from sphere.models import load_model
+    from sphere.summary import format_table
+
+    list_checkpoints(args.weight_folder)  # a wrong folder is reported before anything is loaded
+    records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)
+    model, tokenizer = load_model(args.model_name, args.device, args.dtype, args.device_map)
+    summary = evaluate_run(
+        model,
+        tokenizer,
+        args.weight_folder,
+        records,
+        generation_interval=0 if args.skip_generation_tests else args.generation_test_interval,
+        data_dir=args.data_dir,
+        ds_name=args.ds_name,
+        batch_tokens=args.batch_tokens,
+        seed=args.seed,
+    )
+    print(format_table(summary))
+    print(f"\nScores: {args.weight_folder / 'summary' / 'summary.json'}")
+    return 0
+
+
+def _downstream(args: argparse.Namespace) -> int:
+    from sphere.checkpoints import list_checkpoints
+    from sphere.downstream import run_downstream
+    from sphere.models import load_model
+
+    list_checkpoints(args.weight_folder)
+    model, tokenizer = load_model(args.model_name, args.device, args.dtype, args.device_map)
+    run_downstream(
+        model,
+        tokenizer,
+        args.weight_folder,
+        args.data_dir,
+        num_tests=args.num_tests,
+        tasks=args.tasks,
+        lm_eval_tasks=args.lm_eval_tasks,
+    )
+    print(f"\nResults: {args.weight_folder / 'rect_eval'}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
