@@ -232,6 +232,7 @@ class _Scoring:
         # Whole chunks, always cut alike: rounding depends on what shares a batch, and a restart should not show.
         chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]
         todo = [chunk for chunk in chunks if any(file.get(record) is None for record in chunk)]
+        file.begin([record for chunk in chunks if chunk not in todo for record in chunk])
         if todo:
             self._score(todo, file, name)
         log.info("%s: %d cases, %d of them scored now", file.path, len(records), sum(map(len, todo)))
@@ -270,13 +271,17 @@ class CaseFile:
 
     def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
         self.path = path
-        lines = self._trusted(path, header)
+        self.header = header
         self._cases: dict[tuple[int, str], Case] = {}
-        for line in lines:
+        for line in self._trusted(path, header):
             self._cases[line["case"]["case_id"], line["record"]] = line["case"]
-        with atomic_path(path) as temporary:  # without the torn last line of a killed run
-            text = [json.dumps(header), *(json.dumps(line, ensure_ascii=False) for line in lines)]
-            temporary.write_text("\n".join(text) + "\n", "utf-8")
+
+    def begin(self, kept: Sequence[Record]) -> None:
+        """Write the file anew with the finished cases of `kept` only."""
+        self._cases = {(r.case_id, _digest(r)): _present(self.get(r)) for r in kept}
+        lines = [json.dumps(self.header), *(_line(digest, c) for (_, digest), c in self._cases.items())]
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("\n".join(lines) + "\n", "utf-8")
 
     @staticmethod
     def _trusted(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -298,13 +303,14 @@ class CaseFile:
 
     def append(self, records: Sequence[Record], cases: Sequence[Case]) -> None:
         """Add finished cases, at once on disk."""
-        text = ""
-        for record, case in zip(records, cases, strict=True):
-            digest = _digest(record)
-            text += json.dumps({"record": digest, "case": case}, ensure_ascii=False, allow_nan=False) + "\n"
-            self._cases[record.case_id, digest] = case
+        added = {(r.case_id, _digest(r)): case for r, case in zip(records, cases, strict=True)}
         with self.path.open("a", encoding="utf-8") as out:
-            out.write(text)
+            out.write("".join(_line(digest, case) + "\n" for (_, digest), case in added.items()))
+        self._cases |= added
+
+
+def _line(digest: str, case: Case) -> str:
+    return json.dumps({"record": digest, "case": case}, ensure_ascii=False, allow_nan=False)
 
 
 def _digest(record: Record) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -178,7 +177,7 @@ def test_finished_cases_are_not_scored_again(setting, monkeypatch):
 
 
 def test_killed_and_restarted_gives_the_same_summary(tmp_path):
-    """A process killed in the middle of the last checkpoint, then run again, against one left alone."""
+    """A process killed in the middle of the last checkpoint, then run again, beside one left alone."""
     script = textwrap.dedent(
         f"""
         import os, signal, sys
@@ -186,45 +185,53 @@ def test_killed_and_restarted_gives_the_same_summary(tmp_path):
         import sphere.evaluation as evaluation
         from test_evaluation import counterfact, tiny_model, tiny_tokenizer
         evaluation.CHUNK = 2
+        def run(folder):
+            evaluation.evaluate_run(tiny_model(), tiny_tokenizer(), folder, counterfact(9), progress=False)
         append, calls = evaluation.CaseFile.append, []
-        def counting(self, records, cases):
+        def killing(self, records, cases):
             append(self, records, cases)
             calls.append(1)
-            if len(calls) == int(sys.argv[2]):
+            if len(calls) == 9:
                 os.kill(os.getpid(), signal.SIGKILL)
-        evaluation.CaseFile.append = counting
-        evaluation.evaluate_run(tiny_model(), tiny_tokenizer(), sys.argv[1], counterfact(9), progress=False)
+        child = os.fork()
+        if not child:
+            evaluation.CaseFile.append = killing
+            run(sys.argv[1])
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        assert not os.path.exists(sys.argv[1] + "/summary/summary.json")
+        run(sys.argv[1])
+        run(sys.argv[2])
         """
     )
     first, second = tmp_path / "killed", tmp_path / "alone"
     make_run(first, tiny_model())
     shutil.copytree(first, second)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(folder, kill_after):
-        command = [sys.executable, "-c", script, str(folder), str(kill_after)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True).returncode
-
-    assert run(first, 9) == -signal.SIGKILL
-    assert not (first / "summary" / "summary.json").exists()
-    assert run(first, 0) == 0
-    assert run(second, 0) == 0
+    command = [sys.executable, "-c", script, str(first), str(second)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     summaries = [json.loads((f / "summary" / "summary.json").read_text()) for f in (first, second)]
     for summary in summaries:
         del summary["folder"]
     assert summaries[0] == summaries[1]
+    for name in ("cases_edit_0.jsonl", "cases_edit_4.jsonl", "cases_edit_9.jsonl"):
+        assert (first / "summary" / name).read_bytes() == (second / "summary" / name).read_bytes()
 
 
 def test_case_file_ignores_other_headers_and_torn_lines(tmp_path):
     records = counterfact(3)
     path = tmp_path / "cases.jsonl"
     file = CaseFile(path, {"of": "a"})
+    file.begin([])
     file.append(records[:2], [{"case_id": 10}, {"case_id": 11}])
     with path.open("a") as out:
         out.write('{"record": "')
     again = CaseFile(path, {"of": "a"})
     assert [again.get(r) for r in records] == [{"case_id": 10}, {"case_id": 11}, None]
-    assert path.read_text().count("\n") == 3
+    again.begin(records[1:2])
+    assert path.read_text().count("\n") == 2
+    assert [again.get(r) for r in records] == [None, {"case_id": 11}, None]
     assert CaseFile(path, {"of": "b"}).get(records[0]) is None
 
 
