@@ -1,0 +1,169 @@
+"""EleutherAI's lm-evaluation-harness on a model in memory: an optional extra, offline where the data is local.
+
+Tasks of this project lie in `data/lm_eval_tasks` as YAML over the files of `task-data`; any other name is the
+harness's own and may need its data set from the network. Knows nothing of checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sphere.downstream.tasks import FOLDER
+from sphere.errors import SphereError
+from sphere.files import atomic_path, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+LOCAL_TASKS = Path(__file__).parents[2] / "data" / "lm_eval_tasks"
+DATA_PREFIX = f"data/{FOLDER}/"  # how the YAML files name the local data
+BATCH_SIZE = 8
+BOOTSTRAP = 200  # resamples for the standard errors of F1 and MCC
+
+
+class Harness:
+    """Runs chosen harness tasks.
+
+    Args:
+        tasks: task names.
+        data_dir: holds `task-data`, which the local tasks read, and may hold further `lm_eval_tasks/*.yaml`.
+        limit: only the first so many examples of each task.
+
+    Raises:
+        SphereError: lm-eval is not installed, or a local task's data file is missing.
+    """
+
+    def __init__(self, tasks: Sequence[str], data_dir: str | Path, limit: int | None = None) -> None:
+        if importlib.util.find_spec("lm_eval") is None:
+            raise SphereError(
+                "--lm_eval_tasks needs lm-evaluation-harness: run `pip install -r requirements-extra.txt`."
+            )
+        self.tasks = list(dict.fromkeys(tasks))
+        self.data_dir = Path(data_dir).resolve()
+        self.limit = limit
+        self.local = local_tasks(self.data_dir)
+        for task in self.tasks:
+            if task in self.local:
+                _check_data(self.local[task], self.data_dir)
+
+    def run(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+    ) -> dict[str, dict[str, Any]]:
+        """Metrics by task; `<folder>/<task>.json` and `<task>_samples.jsonl` keep them, finished tasks are not rerun.
+
+        Raises:
+            SphereError: a task that the harness does not know or whose data it cannot get.
+        """
+        results, missing = {}, []
+        for task in self.tasks:
+            path = folder / f"{task}.json"
+            old = read_json(path, "lm-eval result") if path.exists() else {}
+            if old and old.get("limit") == self.limit:
+                results[task] = old
+            else:
+                missing.append(task)
+        for task, (metrics, samples) in self._evaluate(model, tokenizer, missing).items():
+            with (
+                atomic_path(folder / f"{task}_samples.jsonl") as temporary,
+                temporary.open("w", encoding="utf-8") as file,
+            ):
+                for sample in samples:
+                    file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
+            write_json(folder / f"{task}.json", metrics)
+            results[task] = metrics
+        return {task: results[task] for task in self.tasks if task in results}
+
+    def _evaluate(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[str]
+    ) -> dict[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
+        if not tasks:
+            return {}
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+
+        with tempfile.TemporaryDirectory() as scratch:
+            render(self.local, self.data_dir, Path(scratch))
+            only_local = all(
+                task in self.local for task in tasks
+            )  # the harness's own index takes seconds to read
+            manager = TaskManager(include_path=scratch, include_defaults=not only_local)
+            for task in tasks:
+                if not manager.match_tasks([task]):
+                    raise SphereError(
+                        f"lm-evaluation-harness knows no task '{task}': use one of {', '.join(sorted(self.local))} or "
+                        "of `lm_eval ls tasks`."
+                    )
+            # The harness changes a tokenizer's padding.
+            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=BATCH_SIZE)
+            try:
+                output = lm_eval.simple_evaluate(
+                    wrapped,
+                    tasks=list(tasks),
+                    task_manager=manager,
+                    limit=self.limit,
+                    bootstrap_iters=BOOTSTRAP,
+                )
+            except (OSError, ValueError) as error:  # data sets that cannot be had
+                reason = str(error).strip().splitlines()[0]
+                raise SphereError(
+                    f"lm-evaluation-harness could not run {', '.join(tasks)} ({reason}): check the names and the "
+                    "network, or use the local tasks."
+                ) from error
+        return {
+            task: (
+                self._metrics(task, output, lm_eval.__version__),
+                _samples(output["samples"].get(task, [])),
+            )
+            for task in output["results"]
+        }
+
+    def _metrics(self, task: str, output: dict[str, Any], version: str) -> dict[str, Any]:
+        """The harness's "metric,filter" keys as plain numbers, with what made them."""
+        figures = {
+            key.partition(",")[0]: float(value)
+            for key, value in output["results"][task].items()
+            if "," in key and isinstance(value, int | float)
+        }
+        n = output.get("n-samples", {}).get(task, {}).get("effective")
+        return {"n": n, **figures, "limit": self.limit, "lm_eval_version": version}
+
+
+def _samples(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kept = ("doc_id", "target", "resps", "filtered_resps", "exact_match", "acc")
+    return [{key: sample[key] for key in kept if key in sample} for sample in samples]
+
+
+def local_tasks(data_dir: Path) -> dict[str, Path]:
+    """Name (= file name) -> YAML file of the tasks of this project and of `<data_dir>/lm_eval_tasks`."""
+    folders = (LOCAL_TASKS, data_dir / "lm_eval_tasks")
+    return {
+        path.stem: path for folder in folders if folder.is_dir() for path in sorted(folder.glob("*.yaml"))
+    }
+
+
+def _check_data(task: Path, data_dir: Path) -> None:
+    for word in task.read_text("utf-8").split():
+        path = data_dir / FOLDER / word.removeprefix(DATA_PREFIX)
+        if word.startswith(DATA_PREFIX) and not path.is_file():
+            raise SphereError(
+                f"No task data at {path}, which {task.stem} reads: put the published file there or correct --data_dir."
+            )
+
+
+def render(tasks: dict[str, Path], data_dir: Path, target: Path) -> None:
+    """Copy task folders to `target`, with the data's place written as `data_dir`."""
+    for folder in {path.parent for path in tasks.values()}:
+        shutil.copytree(folder, target, dirs_exist_ok=True)
+    for path in target.glob("*.yaml"):
+        text = path.read_text("utf-8").replace(DATA_PREFIX, f"{data_dir.as_posix()}/{FOLDER}/")
+        path.write_text(text, "utf-8")
