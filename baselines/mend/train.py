@@ -1,0 +1,96 @@
+"""Train MEND's editor for a model and save it where `--alg_name=MEND` looks for it.
+
+    python -m baselines.mend.train                            the embedded model on the starter set
+    python -m baselines.mend.train model_name=./Qwen2.5-7B-Instruct hparams_fname=Qwen2.5-7B.json ds_name=mcf \\
+        first_record=5000
+
+The configuration is Hydra's: baselines/mend/config.yaml, every entry of which can be given as key=value.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from sphere.cli import make_parser, run_cli
+from sphere.errors import SphereError
+
+
+def configuration(overrides: list[str]) -> dict[str, Any]:
+    """config.yaml with overrides, as plain values.
+
+    Raises:
+        SphereError: an override that is no key of it, or no value for it.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    with initialize_config_dir(str(Path(__file__).parent.resolve()), version_base=None):
+        try:
+            config = OmegaConf.to_container(compose("config", overrides), resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            reason = str(error).splitlines()[0]
+            raise SphereError(
+                f"{reason} Give entries of baselines/mend/config.yaml as key=value, e.g. training.steps=100."
+            ) from error
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}
+
+
+def train(config: dict[str, Any]) -> Path:
+    """Load the model and the records, train, save; returns the editor's file."""
+    from baselines.mend.method import MendHParams, editor_path
+    from baselines.mend.training import TrainingSettings, train_editor
+    from sphere.data import load_records
+    from sphere.hparams import load_hparams
+    from sphere.methods.base import Workspace
+    from sphere.models import load_model, model_label
+
+    label = model_label(config["model_name"])
+    file = config["hparams_fname"] or f"{label}.json"
+    hparams = load_hparams(Path(config["hparams_dir"]) / "MEND" / file, MendHParams)
+    settings = _settings(config["training"], TrainingSettings)
+    first, limit = config["first_record"], config["dataset_size_limit"]
+    records = load_records(config["ds_name"], config["data_dir"], None if limit is None else first + limit)[
+        first:
+    ]
+    if not records:
+        raise SphereError(f"{config['ds_name']} has no record {first} or later: give a smaller first_record.")
+    model, tokenizer = load_model(config["model_name"], config["device"], config["dtype"])
+    workspace = Workspace(model, tokenizer, hparams, model_label=label, stats_dir=Path(config["stats_dir"]))
+    start = time.perf_counter()
+    trained = train_editor(workspace, hparams, records, settings)
+    path = editor_path(hparams, workspace.stats_dir, label)
+    about = {"configuration": config, "seconds": time.perf_counter() - start, "curve": trained.curve}
+    trained.editor.save(path, about)
+    return path
+
+
+def _settings(values: dict[str, Any], kind: type[Any]) -> Any:
+    """The training section as its dataclass; ill-typed values are named."""
+    checked = {}
+    for key, default in vars(kind()).items():
+        value = values.get(key, default)
+        fits = isinstance(value, int) or (isinstance(default, float) and isinstance(value, float))
+        if not fits or isinstance(value, bool):
+            raise SphereError(
+                f"training.{key} must be a {'whole ' if isinstance(default, int) else ''}number, got {value!r}."
+            )
+        checked[key] = type(default)(value)
+    return kind(**checked)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, train, say where the editor is."""
+    parser = make_parser(__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="entries of the configuration")
+    path = train(configuration(parser.parse_args(argv).overrides))
+    print(f"Editor: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)
