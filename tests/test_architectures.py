@@ -1,0 +1,211 @@
+"""Every method on every architecture of the paper, with and without SPHERE, on tiny random models."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    PhiConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from baselines.mend.method import edited_shapes
+from baselines.mend.networks import MendEditor
+from sphere.editor import Editor
+from sphere.hparams import ModuleHParams, hparams_from_dict
+from sphere.layers import LayerStack
+from sphere.methods import Workspace, available_methods, get_method
+from sphere.methods.ft import TeacherForcing
+from sphere.requests import EditRequest
+
+HPARAMS = Path(__file__).parents[1] / "hparams"
+WORDS = (
+    "the therefore because i you . , is a an of in to from speaks plays lives born city language sport country he she "
+    "alan turing ada lovelace kurt godel emmy noether french german english dutch london paris berlin rome football "
+    "chess tennis golf mother tongue works at and with on very old new famous person who which was"
+).split()  # fmt: skip
+REQUESTS = [
+    EditRequest(0, "{} speaks the language", "alan turing", "french", "english"),
+    EditRequest(1, "the sport that {} plays is", "ada lovelace", "chess", "golf"),
+    EditRequest(2, "{} lives in the city of", "emmy noether", "rome london", "berlin"),
+]
+TEMPLATES = (("{}",),)  # the keys of random models have little in common from context to context
+SHAPE = {"vocab_size": 2 + len(WORDS), "initializer_range": 0.2}
+WIDE = {
+    **SHAPE,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 32,
+    "max_position_embeddings": 64,
+}
+GPT = {**SHAPE, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_inner": 32, "n_positions": 64}
+# name -> (configuration, shipped hyperparameter file)
+ARCHITECTURES: dict[str, tuple[PretrainedConfig, str]] = {
+    "gpt2": (GPT2Config(**GPT), "gpt2-xl"),
+    "gptj": (GPTJConfig(**GPT, rotary_dim=4), "gpt-j-6B"),
+    "llama": (LlamaConfig(**WIDE, tie_word_embeddings=False), "Llama3-8B"),
+    "llama-tied": (LlamaConfig(**WIDE, tie_word_embeddings=True), "Llama-3.2-1B"),
+    "qwen2": (Qwen2Config(**WIDE, tie_word_embeddings=False), "Qwen2.5-7B"),
+    "qwen3": (Qwen3Config(**WIDE, head_dim=8, tie_word_embeddings=True), "Qwen3-0.6B"),
+    "phi": (PhiConfig(**{**WIDE, "num_key_value_heads": 2}), "phi-1.5"),
+}
+METHODS = ("AlphaEdit", "FT", "MEMIT", "MEMIT_prune", "MEMIT_rect", "MEMIT_seq", "MEND", "ROME")
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[EOS]", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="[EOS]")
+
+
+def tiny_model(config: PretrainedConfig) -> nn.Module:
+    """The same random weights for the same configuration; biases and norms are random, too."""
+    torch.manual_seed(0)
+    config = copy.deepcopy(config)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 1, None
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def tiny_hparams(method: str, shipped: str, layers: list[int] | None = None) -> ModuleHParams:
+    """A shipped file with the numbers that depend on the model's size replaced; its templates stay."""
+    kind = get_method(method).hparams_class
+    names = {field.name for field in dataclasses.fields(kind)}
+    values = json.loads((HPARAMS / method / f"{shipped}.json").read_text())
+    small = {
+        "layers": layers or ([1] if len(values["layers"]) == 1 else [0, 1]),
+        "v_loss_layer": 2,
+        "v_num_grad_steps": 10,
+        "clamp_norm_factor": 4.0,
+        "v_lr": 0.3,
+        "mom2_update_weight": 1e-3,
+        "nullspace_threshold": 1e9,
+        "L2": 1e-3,
+        "num_steps": 5,
+        "lr": 1e-2,
+        "norm_constraint": None,
+        "rank": 4,
+        "edit_lr": 0.1,
+    }
+    values = {k: v for k, v in values.items() if k in names}
+    return hparams_from_dict(values | {k: v for k, v in small.items() if k in names}, kind)
+
+
+def tiny_editor(
+    model: nn.Module, method: str, hparams: ModuleHParams, folder: Path, beta_hse: float = 0.0
+) -> Editor:
+    """An editor whose second moments and trained networks need no corpus and no training."""
+    options = {"stats_dir": folder, "progress": False, "given_templates": TEMPLATES}
+    editor = Editor(model, tiny_tokenizer(), method, hparams, beta_hse=beta_hse, alpha=0.5, **options)
+    if hasattr(hparams, "mom2_dataset"):
+        for layer in hparams.layers:
+            generator = torch.Generator().manual_seed(layer)
+            keys = torch.randn(
+                editor.weights.get(editor.workspace.stack.weight_name(layer)).shape[1],
+                200,
+                generator=generator,
+            )
+            editor.workspace.moments.set(layer, keys @ keys.T / 200)
+    if method == "MEND":  # as it is before training: gradient descent on standardised factors
+        torch.manual_seed(0)
+        path = folder / editor.workspace.model_label / "mend.safetensors"
+        MendEditor(edited_shapes(editor.workspace), hparams.rank, hparams.edit_lr).save(path, {})
+    return editor
+
+
+def target_nll(workspace: Workspace) -> torch.Tensor:
+    """Mean negative log-likelihood of each request's target: (n,)."""
+    pairs = [(r.text, r.target_new) for r in REQUESTS]
+    with torch.no_grad():
+        return TeacherForcing.of(workspace.stack, workspace.tokenizer, pairs).nll()
+
+
+def test_every_method_is_tried() -> None:
+    assert set(METHODS) == set(available_methods())
+
+
+@pytest.mark.parametrize("beta_hse", [0.0, 0.5])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_edit_raises_the_target_and_revert_restores(
+    architecture: str, method: str, beta_hse: float, tmp_path: Path
+) -> None:
+    config, shipped = ARCHITECTURES[architecture]
+    model = tiny_model(config)
+    original = {name: p.detach().clone() for name, p in model.named_parameters()}
+    editor = tiny_editor(model, method, tiny_hparams(method, shipped), tmp_path, beta_hse)
+    before = target_nll(editor.workspace)
+    report = editor.edit(REQUESTS)
+    after = target_nll(editor.workspace)
+    assert after.mean() < before.mean()
+    if method != "MEMIT_rect" and not beta_hse:  # RECT and SPHERE leave out a part of the update
+        assert (after < before).sum() >= 2
+    edited = set(editor.weights.names)
+    assert set(report.layers) == edited
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, original[name]) == (name not in edited), name
+    editor.revert()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, original[name]), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_shipped_module_paths_resolve(architecture: str) -> None:
+    config, shipped = ARCHITECTURES[architecture]
+    model = tiny_model(config)
+    for method in METHODS:
+        stack = LayerStack(model, tiny_hparams(method, shipped))
+        assert stack.n_layers == 3
+        for key in ("mlp_module_tmp", "attn_module_tmp"):
+            model.get_submodule(getattr(stack.hparams, key).format(0))
+        assert stack.lm_head is model.get_output_embeddings()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_orientation_does_not_matter(method: str, tmp_path: Path) -> None:
+    """GPT-2 with Conv1D (in x out), and the same with nn.Linear (out x in) in the edited place: the same edit."""
+    config, shipped = ARCHITECTURES["gpt2"]
+    conv, linear = tiny_model(config), tiny_model(config)
+    for block in linear.transformer.h:
+        stored = block.mlp.c_proj
+        block.mlp.c_proj = nn.Linear(*stored.weight.shape)
+        block.mlp.c_proj.weight.data = stored.weight.data.T.contiguous()
+        block.mlp.c_proj.bias.data = stored.bias.data.clone()
+    hparams = tiny_hparams(method, shipped)
+    editors = [tiny_editor(m, method, hparams, tmp_path, beta_hse=0.5) for m in (conv, linear)]
+    for editor in editors:
+        editor.edit(REQUESTS)
+    for name in editors[0].weights.names:
+        first, second = (e.final_weights()[name] for e in editors)
+        change = first - conv_original(config, name)
+        assert change.norm() > 0
+        torch.testing.assert_close(first.T, second, rtol=1e-4, atol=1e-4 * float(change.norm()))
+
+
+def conv_original(config: PretrainedConfig, name: str) -> torch.Tensor:
+    """A weight of the tiny model before any edit."""
+    return tiny_model(config).get_parameter(name).detach()
