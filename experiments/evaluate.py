@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     parser.set_defaults(dataset_size_limit=100, data_dir="data")
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", default="Edited_Weight", help="where runs are written")
+    out.add_argument("--stats_dir", default="data/stats", help="where second moments are kept for later runs")
     out.add_argument(
         "--checkpoints",
         default="ends",
@@ -101,9 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, method in available_methods().items():
             print(f"{name:12s} {method.reference} (default alpha {method.default_alpha:g})")
         return 0
-    from sphere.evaluation import evaluate_run
     from sphere.run import RunConfig, execute
-    from sphere.summary import format_table
 
     fields = {f.name for f in dataclasses.fields(RunConfig)}
     values = {k: v for k, v in vars(arguments).items() if k in fields}
@@ -111,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nWeights and log: {run.folder}")
     if arguments.skip_scoring:
         return 0
+    from sphere.evaluation import evaluate_run
+    from sphere.summary import format_table
+
     run.editor.revert()
     interval = 0 if arguments.skip_generation_tests else max(arguments.generation_test_interval, 0)
     summary = evaluate_run(

@@ -27,7 +27,7 @@ HUB = {
     "wikipedia": ("wikimedia/wikipedia", "20231101.en", "train"),
     "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1", "train"),
 }
-SAMPLED_TOKENS = 128
+SAMPLED_TOKENS = 100
 MAX_TOKENS = 1024
 
 
@@ -133,7 +133,7 @@ def sample_documents(
     n_tokens: int,
     seed: int,
     progress: bool = True,
-    batch: int = 50,
+    batch: int = 100,
 ) -> list[list[int]]:
     """Documents that the model writes itself: a random first token, then ancestral sampling at temperature 1.
 

@@ -61,6 +61,7 @@ class RunConfig:
     device_map: str | None = None
     data_dir: str = "data"
     hparams_dir: str = "hparams"
+    stats_dir: str = "data/stats"
     output_dir: str = "Edited_Weight"
     checkpoints: str = "ends"
     batch_tokens: int = 2048
@@ -131,7 +132,7 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         alpha=alpha,
         seed=config.seed,
         model_label=label,
-        stats_dir=Path(config.data_dir) / "stats",
+        stats_dir=config.stats_dir,
         batch_tokens=config.batch_tokens,
         conserve_memory=config.conserve_memory,
         given_templates=previous.get("templates"),
