@@ -25,7 +25,8 @@ class EditedWeights:
         names: parameter names such as "model.layers.4.mlp.down_proj.weight".
 
     Raises:
-        SphereError: a name that the model does not have, or a parameter that is no matrix.
+        SphereError: a name that the model does not have, a parameter that is no matrix, or one whose values are
+            elsewhere (offloaded).
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -45,6 +46,11 @@ class EditedWeights:
             if not isinstance(parameter, nn.Parameter) or parameter.ndim != 2:
                 raise SphereError(
                     f"'{name}' of {type(model).__name__} is not a weight matrix: check rewrite_module_tmp."
+                )
+            if parameter.is_meta:
+                raise SphereError(
+                    f"The weight '{name}' is on the meta device, offloaded by device_map to the CPU or the disk: edited "
+                    "layers must stay where they are computed; give a --device_map that holds them, or --device."
                 )
             self._parameters[name] = parameter
             self._transposed[name] = isinstance(module, Conv1D)
