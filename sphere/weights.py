@@ -49,8 +49,8 @@ class EditedWeights:
                 )
             if parameter.is_meta:
                 raise SphereError(
-                    f"The weight '{name}' is on the meta device, offloaded by device_map to the CPU or the disk: edited "
-                    "layers must stay where they are computed; give a --device_map that holds them, or --device."
+                    f"The weight '{name}' is on the meta device, offloaded by device_map to the CPU or the disk: "
+                    "edited layers must stay where they are computed; give a --device_map that holds them, or --device."
                 )
             self._parameters[name] = parameter
             self._transposed[name] = isinstance(module, Conv1D)

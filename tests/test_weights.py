@@ -38,14 +38,13 @@ def test_thousands_of_small_updates_survive_half_precision(dtype):
     def lost(weight: torch.Tensor) -> float:
         return float((wanted - weight.double()).norm() / (wanted - before.double()).norm())
 
-    spacing = torch.finfo(dtype).eps
     assert lost(alone) > 0.95
     assert lost(weights.get(NAME)) < 1e-3
     # and the model computes with the master's value, rounded once
     model_weight = model.get_parameter(NAME)
     assert model_weight.dtype == dtype
     assert torch.equal(model_weight, weights.get(NAME).to(dtype))
-    assert lost(model_weight) < 2 * spacing
+    assert lost(model_weight) < 0.02
 
 
 def test_random_small_updates_in_bfloat16_keep_their_sum():
@@ -116,5 +115,5 @@ def test_a_weight_that_is_nowhere_is_refused():
     """Offloaded to disk, or made on the meta device: there are no numbers to change."""
     model: nn.Module = copy.deepcopy(tiny_llama())
     model.get_submodule("model.layers.1.mlp.down_proj").to("meta")
-    with pytest.raises(SphereError, match="meta device.*device_map"):
+    with pytest.raises(SphereError, match=r"meta device.*device_map"):
         EditedWeights(model, [NAME])
