@@ -9,14 +9,41 @@ editor.edit([EditRequest(0, "The capital of {} is", "France", "Rome", "Paris")])
 editor.revert()
 """
 
-from sphere.editor import BatchReport, Editor
-from sphere.errors import SphereError
-from sphere.hparams import HParams, hparams_from_dict, load_hparams
-from sphere.methods import Method, Workspace, available_methods, get_method
-from sphere.models import DEFAULT_MODEL, load_model
-from sphere.projection import PrincipalDirections, principal_directions, project_update
-from sphere.requests import EditRequest
-from sphere.weights import EditedWeights
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sphere.editor import BatchReport, Editor
+    from sphere.errors import SphereError
+    from sphere.hparams import HParams, hparams_from_dict, load_hparams
+    from sphere.methods import Method, Workspace, available_methods, get_method
+    from sphere.models import DEFAULT_MODEL, load_model
+    from sphere.projection import PrincipalDirections, principal_directions, project_update
+    from sphere.requests import EditRequest
+    from sphere.weights import EditedWeights
+
+# name -> the module that it is imported from when first asked for, so that `--help` need not wait for PyTorch
+_HOMES = {
+    "BatchReport": "editor",
+    "DEFAULT_MODEL": "models",
+    "EditRequest": "requests",
+    "EditedWeights": "weights",
+    "Editor": "editor",
+    "HParams": "hparams",
+    "Method": "methods",
+    "PrincipalDirections": "projection",
+    "SphereError": "errors",
+    "Workspace": "methods",
+    "available_methods": "methods",
+    "get_method": "methods",
+    "hparams_from_dict": "hparams",
+    "load_hparams": "hparams",
+    "load_model": "models",
+    "principal_directions": "projection",
+    "project_update": "projection",
+}
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -37,3 +64,15 @@ __all__ = [
     "principal_directions",
     "project_update",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'sphere' has no attribute '{name}'")
+    value = getattr(importlib.import_module(f"sphere.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a full disk never leaves half of one.
+"""Writing files so that a kill, a full disk or a power cut never leaves half of one.
 
 Knows about paths and bytes only, nothing of models or runs.
 """
@@ -15,10 +15,14 @@ from typing import Any
 
 from sphere.errors import SphereError
 
+LEFTOVER = ".part"  # ends the name of a file that is being written
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is moved over `path`, on failure removed.
+
+    Bytes and name are on the disk when the block is left: what is written later never outlives what was written before.
 
     Raises:
         SphereError: the file cannot be written (no space, no permission); whatever stood at `path` is kept.
@@ -26,7 +30,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER)
         os.close(handle)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -36,13 +40,40 @@ def atomic_path(path: Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; these are ordinary results
+        _sync(temporary)
         os.replace(temporary, path)
+        _sync(path.parent)
     except Exception as error:
         if isinstance(error, OSError) or _is_io_error(error):
             raise _cannot_write(path, error) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a text file; it is on the disk when the call returns. A kill can leave a part of the last line."""
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of killed writers, from a folder that nobody else is writing to."""
+    for path in Path(folder).glob(f".*{LEFTOVER}"):
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the operating system put a file's bytes, or a folder's names, on the disk."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _is_io_error(error: Exception) -> bool:

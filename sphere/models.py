@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +141,32 @@ def embedded_gguf(name: str) -> tuple[str, str]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all parameters: equal only for equal models."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        flat = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        digest.update(flat.numpy().data)
-    return digest.hexdigest()
+    """SHA-256 over names, shapes, dtypes and bytes of all parameters: equal only for equal weights."""
+    return Fingerprint(model).now()
+
+
+class Fingerprint:
+    """The fingerprint of a model of which only a few parameters change: the others are read once.
+
+    Args:
+        changing: names of the parameters that are read anew each time.
+    """
+
+    def __init__(self, model: nn.Module, changing: Iterable[str] = ()) -> None:
+        self._parameters = dict(model.named_parameters())
+        self._changing = set(changing)
+        self._digests: dict[str, str] = {}
+
+    def now(self) -> str:
+        """SHA-256 over the weights as they stand."""
+        todo = [name for name in self._parameters if name not in self._digests or name in self._changing]
+        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
+            self._digests.update(zip(todo, pool.map(self._digest, todo), strict=True))
+        lines = (f"{name} {self._digests[name]}" for name in self._parameters)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def _digest(self, name: str) -> str:
+        parameter = self._parameters[name].detach()
+        digest = hashlib.sha256(f"{tuple(parameter.shape)}{parameter.dtype}".encode())
+        digest.update(parameter.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
