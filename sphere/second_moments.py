@@ -25,7 +25,7 @@ from sphere.errors import SphereError
 from sphere.files import atomic_path
 from sphere.hparams import HParams
 from sphere.layers import LayerStack, packs, pad_right
-from sphere.models import DTYPES, fingerprint
+from sphere.models import DTYPES, Fingerprint
 from sphere.templates import padding_id
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class SecondMoments:
     Args:
         folder: e.g. data/stats/SmolLM2-135M.
         keep_on_cpu: hand them out on the CPU (`--conserve_memory`).
+        fingerprint: of the stack's model, where it is taken already.
     """
 
     def __init__(
@@ -97,12 +98,14 @@ class SecondMoments:
         batch_tokens: int = 4096,
         keep_on_cpu: bool = False,
         progress: bool = True,
+        fingerprint: Fingerprint | None = None,
     ) -> None:
         if hparams.mom2_dtype not in DTYPES:
             raise SphereError(f"mom2_dtype must be one of {', '.join(DTYPES)}, got '{hparams.mom2_dtype}'.")
         self.stack, self.tokenizer, self.hparams = stack, tokenizer, hparams
         self.folder, self.seed, self.batch_tokens = Path(folder), seed, batch_tokens
         self.keep_on_cpu, self.progress = keep_on_cpu, progress
+        self.fingerprint = fingerprint or Fingerprint(stack.model)
         self._key: dict[str, Any] | None = None
         self._kept: dict[int, Tensor] = {}
 
@@ -125,7 +128,7 @@ class SecondMoments:
             limit = getattr(self.stack.model.config, "max_position_embeddings", MAX_TOKENS) or MAX_TOKENS
             h = self.hparams
             self._key = {
-                "model": fingerprint(self.stack.model),
+                "model": self.fingerprint.now(),
                 "dtype": h.mom2_dtype,
                 **corpus_key(h.mom2_dataset, h.mom2_n_samples, self.seed, min(MAX_TOKENS, limit)),
             }

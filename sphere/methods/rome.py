@@ -18,7 +18,6 @@ from sphere.layers import LayerStack, inference
 from sphere.methods.base import Method, Update, Workspace
 from sphere.requests import EditRequest
 from sphere.solvers import inverse_moment
-from sphere.target_values import compute_target_values
 from sphere.templates import BARE
 from sphere.tokenization import encode
 
@@ -113,15 +112,7 @@ class ROME(Method):
             clamp_norm_factor=self.hparams.clamp_norm_factor * ratio,
             v_weight_decay=self.hparams.v_weight_decay / ratio**2,
         )
-        found = compute_target_values(
-            space.stack,
-            space.tokenizer,
-            [request],
-            space.templates,
-            rescaled,
-            batch_tokens=space.batch_tokens,
-            progress=False,
-        )
+        found = space.target_values([request], rescaled, progress=False)
         return (found.z - found.h0)[0]
 
 
