@@ -119,7 +119,6 @@ class _Pack:
 
     def __init__(self, stack: LayerStack, rows: Sequence[_Row], pad: int, z_layer: int, last: int) -> None:
         device = stack.device
-        self.requests = torch.tensor([r.request for r in rows], device=device)
         self.bare = [(i, r.request) for i, r in enumerate(rows) if r.bare]
         prefixes = [r.ids[: r.lookup] for r in rows]
         suffixes = [r.ids[r.lookup :] for r in rows]
@@ -146,6 +145,8 @@ class _Pack:
                 )
                 inputs |= {"past_key_values": cache, "use_cache": True}
             self.recording: Recording = stack.record(inputs, z_layer + 1, last)
+        device = self.recording.hidden.device  # delta's, which need not be that of the token ids
+        self.requests = torch.tensor([r.request for r in rows], device=device)
         entries = [(i, p - r.lookup, y, 1 / len(r.scored)) for i, r in enumerate(rows) for p, y in r.scored]
         self.score_row = torch.tensor([e[0] for e in entries], dtype=torch.long, device=device)
         self.score_position = torch.tensor([e[1] for e in entries], dtype=torch.long, device=device)
@@ -269,7 +270,8 @@ class _Loop:
     def _nll(self, pack: _Pack, delta: Tensor) -> Tensor:
         """Mean over prompts of the mean negative log-likelihood of the target's tokens: (n,)."""
         hidden = self._edited(pack, delta, self.loss_layer)
-        logits = self.stack.logits(hidden[pack.score_row, pack.score_position])  # scored x vocabulary
+        row, position = pack.score_row.to(hidden.device), pack.score_position.to(hidden.device)
+        logits = self.stack.logits(hidden[row, position])  # scored x vocabulary
         nll = F.cross_entropy(logits, pack.labels.to(logits.device), reduction="none").to(delta)
         share = nll * pack.weights.to(delta) / self.prompts_per_request
         return delta.new_zeros(len(self.edits)).index_add(0, pack.requests[pack.score_row], share)

@@ -185,7 +185,8 @@ class TeacherForcing(nn.Module):
     def forward(self) -> Tensor:
         """Logits where a target's token is predicted: (scored x vocabulary), float32."""
         hidden = self.stack.run(self.recording, self.recording.hidden, self.first, self.stack.n_layers - 1)
-        return self.stack.logits(hidden[self.score_row, self.score_position])
+        row, position = self.score_row.to(hidden.device), self.score_position.to(hidden.device)
+        return self.stack.logits(hidden[row, position])
 
     def logits(self, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits (scored x vocabulary) with some of the model's weights replaced.
