@@ -136,6 +136,11 @@ class LayerStack:
         """Where token ids go."""
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def devices(self) -> dict[int, torch.device]:
+        """Edited layer -> where its edited module computes."""
+        return {layer: next(module.parameters()).device for layer, module in self.rewrite.items()}
+
     def record(self, inputs: dict[str, Any], first: int, last: int) -> Recording:
         """Run the model up to layer `last`, keeping what enters layer `first` and the calls of layers first..last.
 

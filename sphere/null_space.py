@@ -28,8 +28,8 @@ class Projector:
     dim: int
 
     def apply(self, x: Tensor) -> Tensor:
-        """P x for x (in x n)."""
-        basis = self.basis.to(x)
+        """P x for x (in x n), on x's device and in its precision."""
+        basis = self.basis.to(x.device).to(x.dtype)  # in this order: the narrower numbers travel
         inside = basis @ (basis.T @ x)
         return x - inside if self.complement else inside
 

@@ -114,7 +114,7 @@ class SecondMoments:
         if layer not in self._kept:
             self._load_or_compute()
         moment = self._kept[layer]
-        target = self.stack.rewrite[layer].weight.device
+        target = self.stack.devices[layer]
         return moment if self.keep_on_cpu else moment.to(target)
 
     def set(self, layer: int, moment: Tensor) -> None:

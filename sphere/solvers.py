@@ -16,7 +16,7 @@ A^T S A + c I grows by a block per batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -39,15 +39,13 @@ class SequentialSolve:
         if not damping > 0:
             raise SphereError(f"The damping of {what} must be positive, got {damping}: correct L2.")
         self.spread, self.damping, self.what = spread, damping, what
-        self.blocks: list[
-            Tensor
-        ] = []  # earlier keys, (in x n_i) float32 each: all of the state that is saved
+        # Earlier keys, (in x n_i) float32 each, on the CPU: all of the state that is saved.
+        self.blocks: list[Tensor] = []
         self._keys: Tensor | None = None  # A (in x N) float64
         self._spread_keys: Tensor | None = None  # S A (in x N)
         self._factor: Tensor | None = None  # lower Cholesky factor of A^T S A + c I (N x N)
-        self._pending: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = (
-            None  # what the last solve extended to
-        )
+        # What the last solve extended to.
+        self._pending: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
 
     @property
     def n_keys(self) -> int:
@@ -60,8 +58,9 @@ class SequentialSolve:
         Raises:
             SphereError: keys that are not finite, or a system that is not positive definite.
         """
-        a, sa, factor = extended = self._extended(keys.double())
-        self._pending = (keys.double(), extended)
+        keys = keys.double().contiguous()  # one layout, before and after a resume: the same bits
+        a, sa, factor = extended = self._extended(keys)
+        self._pending = (keys, extended)
         n = keys.shape[1]
         unit = torch.zeros(a.shape[1], n, dtype=torch.float64, device=keys.device)
         unit[-n:] = torch.eye(n, dtype=torch.float64, device=keys.device)
@@ -77,17 +76,29 @@ class SequentialSolve:
 
     def append(self, keys: Tensor) -> None:
         """Keep a batch's keys K (in x n) as earlier ones."""
-        kept = keys.float()
+        kept = keys.float().contiguous()
         solved = self._pending is not None and torch.equal(self._pending[0], kept.double())
         extended = self._pending[1] if solved and self._pending else self._extended(kept.double())
         self._keys, self._spread_keys, self._factor = extended
         self._pending = None
-        self.blocks.append(kept)
+        self.blocks.append(kept.cpu())
 
-    def load(self, blocks: list[Tensor]) -> None:
-        """Rebuild the state from saved blocks, by the very operations that built it."""
+    def truncate(self, n_blocks: int) -> None:
+        """Forget all but the first `n_blocks` batches: exactly the state of then."""
+        self.blocks = self.blocks[:n_blocks]
+        self._pending = None
+        n = sum(block.shape[1] for block in self.blocks)
+        if not n or self._keys is None or self._spread_keys is None or self._factor is None:
+            self._keys = self._spread_keys = self._factor = None
+        elif n < self._keys.shape[1]:  # earlier columns and rows are untouched by later ones
+            self._keys = self._keys[:, :n].contiguous()
+            self._spread_keys = self._spread_keys[:, :n].contiguous()
+            self._factor = self._factor[:n, :n].contiguous()
+
+    def load(self, blocks: list[Tensor], device: torch.device) -> None:
+        """Rebuild the state from saved blocks, by the very operations that built it, on the keys' device."""
         for block in blocks:
-            self.append(block)
+            self.append(block.to(device))
 
     def _extended(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """A, S A and the Cholesky factor with these keys (in x n, float64) added."""
@@ -119,6 +130,8 @@ class SequentialSolve:
 def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Callable[[Tensor], Tensor]:
     """K -> (lambda M)^-1 K in float64, with lambda M factorised once.
 
+    The factor is kept, and the systems are solved, where the second moment is: K may be on another device.
+
     Args:
         second_moment: M (in x in).
         weight: lambda, `mom2_update_weight`.
@@ -137,7 +150,7 @@ def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Callable[
             f"The second moment of {what}, times mom2_update_weight {weight:g}, is not positive definite: use a larger "
             "mom2_n_samples (more tokens than in_features) and a positive mom2_update_weight."
         )
-    return lambda keys: torch.cholesky_solve(keys, factor)
+    return lambda keys: torch.cholesky_solve(keys.to(factor.device), factor).to(keys.device)
 
 
 def save_keys(solves: Mapping[int, SequentialSolve]) -> dict[str, Tensor]:
@@ -145,8 +158,16 @@ def save_keys(solves: Mapping[int, SequentialSolve]) -> dict[str, Tensor]:
     return {f"keys.{layer}.{i}": block for layer, s in solves.items() for i, block in enumerate(s.blocks)}
 
 
-def load_keys(solves: Mapping[int, SequentialSolve], state: Mapping[str, Tensor]) -> None:
-    """Take up what `save_keys` saved."""
+def keep_keys(solves: Mapping[int, SequentialSolve], names: Collection[str]) -> None:
+    """Forget what `save_keys` would save under other names than these."""
+    for layer, solve in solves.items():
+        solve.truncate(sum(name.startswith(f"keys.{layer}.") for name in names))
+
+
+def load_keys(
+    solves: Mapping[int, SequentialSolve], state: Mapping[str, Tensor], devices: Mapping[int, torch.device]
+) -> None:
+    """Take up what `save_keys` saved; `devices` says where each layer's keys are made."""
     for layer, solve in solves.items():
         count = sum(name.startswith(f"keys.{layer}.") for name in state)
-        solve.load([state[f"keys.{layer}.{i}"] for i in range(count)])
+        solve.load([state[f"keys.{layer}.{i}"] for i in range(count)], devices[layer])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from sphere.hparams import HParams
 from sphere.methods.base import Method, Update, Workspace, spread_residual
 from sphere.null_space import Projector, null_space_projector
 from sphere.requests import EditRequest
-from sphere.solvers import SequentialSolve, load_keys, save_keys
+from sphere.solvers import SequentialSolve, keep_keys, load_keys, save_keys
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +58,10 @@ class AlphaEdit(Method):
         for layer in self.hparams.layers:
             if layer in self.solves:
                 continue
-            projector = null_space_projector(
-                self.workspace.moments.get(layer), self.hparams.nullspace_threshold
-            )
+            moment = self.workspace.moments.get(layer)
+            # Decomposed where the layer is (a GPU takes seconds where a CPU takes minutes), kept where its moment is.
+            there = moment.to(self.workspace.stack.devices[layer])
+            projector = null_space_projector(there, self.hparams.nullspace_threshold).to(moment.device)
             log.info("Layer %d: null space of dimension %d.", layer, projector.dim)
             self.projectors[layer] = projector
             self.solves[layer] = SequentialSolve(projector.apply, self.hparams.L2, f"layer {layer}")
@@ -82,5 +83,8 @@ class AlphaEdit(Method):
     def state(self) -> dict[str, Tensor]:
         return save_keys(self.solves)
 
+    def keep_state(self, names: Collection[str]) -> None:
+        keep_keys(self.solves, names)
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        load_keys(self.solves, state)
+        load_keys(self.solves, state, self.workspace.stack.devices)

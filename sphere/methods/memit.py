@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
 from sphere.hparams import HParams
 from sphere.methods.base import Method, Update, Workspace, spread_residual
 from sphere.requests import EditRequest
-from sphere.solvers import SequentialSolve, inverse_moment, load_keys, save_keys
+from sphere.solvers import SequentialSolve, inverse_moment, keep_keys, load_keys, save_keys
 
 
 class MEMIT(Method):
@@ -75,5 +75,8 @@ class MEMITSeq(MEMIT):
     def state(self) -> dict[str, Tensor]:
         return save_keys(self.solves)
 
+    def keep_state(self, names: Collection[str]) -> None:
+        keep_keys(self.solves, names)
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        load_keys(self.solves, state)
+        load_keys(self.solves, state, self.workspace.stack.devices)

@@ -74,7 +74,7 @@ class ROME(Method):
             return
         moment = self.workspace.moments.get(self.layer)
         inverse = inverse_moment(moment, 1.0, f"layer {self.layer}")
-        self.spread = lambda key: inverse(key.double().to(moment.device)).to(key.device)
+        self.spread = lambda key: inverse(key.double())
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
@@ -138,7 +138,7 @@ def check_adds_to_stream(stack: LayerStack, tokenizer: Any, layer: int) -> None:
     def shift(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(layer)
         direction = torch.randn(output.shape[-1], generator=generator).to(output)
-        probe.append(PROBE * recording.hidden[:, -1].norm() * direction / direction.norm())
+        probe.append(PROBE * float(recording.hidden[:, -1].norm()) * direction / direction.norm())
         return output + probe[-1]
 
     with inference(stack.model):
