@@ -9,15 +9,17 @@ shape.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sphere.distributed import Processes
 from sphere.hparams import HParams, ModuleHParams, TargetHParams
 from sphere.keys import KeyWalk
 from sphere.layers import LayerStack
@@ -45,6 +47,7 @@ class Workspace:
         batch_tokens: how many (padded) tokens one forward pass may hold.
         conserve_memory: second moments, projectors and original weights stay on the CPU. What is made of a second
             moment (an eigendecomposition, a Cholesky factor) is kept there, too.
+        processes: among which the target values of a batch are shared out, all of them editing alike.
     """
 
     model: PreTrainedModel
@@ -58,6 +61,7 @@ class Workspace:
     conserve_memory: bool = False
     progress: bool = True
     given_templates: Sequence[Sequence[str]] | None = None
+    processes: Processes = field(default_factory=Processes)
     stack: LayerStack = field(init=False)
     weights: EditedWeights = field(init=False)
     fingerprint: Fingerprint = field(init=False)
@@ -72,13 +76,13 @@ class Workspace:
         """Groups of context templates; asked for the first time on the unedited model."""
         if self.given_templates is not None:
             return tuple(tuple(group) for group in self.given_templates)
-        return generate_templates(self.model, self.tokenizer, self.seed)
+        return self.processes.on_main(lambda: generate_templates(self.model, self.tokenizer, self.seed))
 
     @cached_property
     def moments(self) -> SecondMoments:
         """Second moments of the edited layers' keys, of the unedited model."""
         assert isinstance(self.hparams, HParams)
-        return SecondMoments(
+        moments = SecondMoments(
             self.stack,
             self.tokenizer,
             self.hparams,
@@ -89,6 +93,13 @@ class Workspace:
             progress=self.progress,
             fingerprint=self.fingerprint,
         )
+        if self.processes.size > 1:  # one computes, the others read what it wrote
+
+            def compute() -> None:
+                moments.get(self.hparams.layers[0])
+
+            self.processes.on_main(compute)
+        return moments
 
     def target_values(
         self, requests: Sequence[EditRequest], hparams: TargetHParams | None = None, progress: bool = True
@@ -101,6 +112,21 @@ class Workspace:
         """
         h = hparams or self.hparams
         assert isinstance(h, TargetHParams)
+        if self.processes.size == 1:
+            return self._target_values(requests, h, progress)
+        parts = self.processes.shares(lambda own: _on_cpu(self._target_values(own, h, progress)), requests)
+        device = next(self.stack.layers[max(h.layers)].parameters()).device
+        return TargetValues(
+            **{
+                f.name: torch.cat([getattr(p, f.name) for p in parts]).to(device)
+                for f in fields(TargetValues)
+            }
+        )
+
+    def _target_values(
+        self, requests: Sequence[EditRequest], h: TargetHParams, progress: bool
+    ) -> TargetValues:
+        """Those that this process computes, or finds in the cache."""
 
         def compute() -> TargetValues:
             return compute_target_values(
@@ -127,6 +153,10 @@ class Workspace:
     def walk(self, requests: Sequence[EditRequest]) -> KeyWalk:
         """Keys and outputs of a batch on the weights as they stand, layer by layer."""
         return KeyWalk(self.stack, self.tokenizer, requests, self.templates, self.batch_tokens)
+
+
+def _on_cpu(values: TargetValues) -> TargetValues:
+    return TargetValues(**{f.name: getattr(values, f.name).cpu() for f in fields(TargetValues)})
 
 
 class Method(ABC):
@@ -163,6 +193,9 @@ class Method(ABC):
         that are no longer returned. State that changes takes a new name with each batch.
         """
         return {}
+
+    def keep_state(self, names: Collection[str]) -> None:  # noqa: B027 (optional)
+        """Forget whatever `state` returns under other names: the batch that brought it was not written."""
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:  # noqa: B027 (optional)
         """Take up a saved state; `prepare` was called before."""
