@@ -6,8 +6,9 @@ Knows nothing of files or datasets (`sphere.run`) and nothing of how a method fi
 from __future__ import annotations
 
 import logging
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,11 @@ log = logging.getLogger(__name__)
 
 # An update this many times larger than its weight (Frobenius) is no edit but a broken solve.
 LARGEST_RELATIVE_UPDATE = 10.0
+# Prefixes of what a saved state holds.
+_WEIGHT, _RNG = "weight/", "rng/"
+
+# (name, weight after, weight before, figures known already) -> further figures; weights (out x in).
+Measure = Callable[[str, Tensor, Tensor, Figures], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -34,15 +40,18 @@ class BatchReport:
 
     Attributes:
         n_edits: edits written so far, this batch included.
-        seconds: wall time of the batch.
-        layers: weight name -> figures of its update (norm, rank r, principal shares, ...).
+        seconds: wall time of the batch, without measuring.
+        layers: weight name -> figures: delta_norm, the Frobenius norm of the batch's change; weight_norm; what the
+            rules say (rank r, principal shares, ...; the mean where a weight got several updates); what was measured.
         findings: sentences on repeated or conflicting requests.
+        measure_seconds: wall time of measuring (see `sphere.monitor`); 0 where nothing was measured.
     """
 
     n_edits: int
     seconds: float
-    layers: dict[str, Figures]
+    layers: dict[str, dict[str, Any]]
     findings: list[str] = field(default_factory=list)
+    measure_seconds: float = 0.0
 
 
 class Editor:
@@ -80,8 +89,13 @@ class Editor:
         self.original = self.weights.snapshot("cpu" if self.workspace.conserve_memory else None)
         self.n_edits = 0
 
-    def edit(self, requests: Sequence[EditRequest]) -> BatchReport:
+    def edit(self, requests: Sequence[EditRequest], measure: Measure | None = None) -> BatchReport:
         """Write one batch of requests into the model.
+
+        Args:
+            measure: asked for further figures of each edited weight once the batch is written, e.g.
+                `sphere.monitor.Monitor.measure`. Where a method conditions the total change (PRUNE) it is shown what
+                is saved: the conditioned weight, beside the original one.
 
         Raises:
             SphereError: bad requests, or an update that is not finite or absurdly large; the batch and the layer are
@@ -91,20 +105,43 @@ class Editor:
             raise SphereError("There is nothing to edit: give at least one request.")
         findings = check_batch(requests)
         start = time.perf_counter()
-        before = self.weights.snapshot()
-        layers: dict[str, Figures] = {}
+        before = self.weights.snapshot("cpu" if self.workspace.conserve_memory else None)
+        known = self.method.state().keys()
+        noted: dict[str, list[Figures]] = {}
         try:
             self._continue_conditioned()
             for name, delta in self.method.updates(requests):
-                figures = self._write(name, delta, requests)
-                layers[name] = {**layers.get(name, {}), **figures}
+                noted.setdefault(name, []).append(self._write(name, delta, requests))
+            layers: dict[str, dict[str, Any]] = {name: _mean(figures) for name, figures in noted.items()}
+            for name, figures in layers.items():
+                now = self.weights.get(name)
+                change = now - self.weights.canonical(name, before[name]).to(now)
+                figures["delta_norm"] = float(change.norm())
+            seconds = time.perf_counter() - start
+            if measure:
+                self._measure(measure, layers, before)
         except BaseException:
             self.weights.restore(before)
+            self.method.keep_state(known)
             raise
         self.n_edits += len(requests)
-        seconds = time.perf_counter() - start
         log.info("%d edits in %.1f s, %d in all.", len(requests), seconds, self.n_edits)
-        return BatchReport(self.n_edits, seconds, layers, findings)
+        measuring = time.perf_counter() - start - seconds if measure else 0.0
+        return BatchReport(self.n_edits, seconds, layers, findings, measuring)
+
+    def _measure(
+        self, measure: Measure, layers: dict[str, dict[str, Any]], before: Mapping[str, Tensor]
+    ) -> None:
+        """Add measured figures to those of each weight."""
+        conditioned, noted = self._conditioned() if self.rules.total else ({}, {})
+        for name, figures in layers.items():
+            figures.update(noted.get(name, {}))
+            after = self.weights.get(name)
+            if name in conditioned:
+                after = self.weights.canonical(name, conditioned[name])
+            earlier = self.original[name] if name in conditioned else before[name]
+            earlier = self.weights.canonical(name, earlier).to(after)
+            figures.update(measure(name, after, earlier, figures))
 
     def _write(self, name: str, delta: Tensor, requests: Sequence[EditRequest]) -> Figures:
         """Pass one update through the rules and add it to its weight."""
@@ -123,21 +160,26 @@ class Editor:
                 "written; the model is breaking, use fewer edits, a stronger --alpha or a larger L2."
             )
         self.weights.add_(name, delta)
-        return {"delta_norm": size, "weight_norm": norm, **figures}
+        if not self.weights.is_finite(name):
+            raise SphereError(
+                f"The update of {where} leaves a weight that is not finite in the model's dtype: the batch was not "
+                "written; use --dtype bfloat16 or float32."
+            )
+        return {"weight_norm": norm, **figures}
 
     def _continue_conditioned(self) -> None:
         if self.rules.total and self.rules.continue_conditioned and self.n_edits:
-            self.weights.restore(self._conditioned())
+            self.weights.restore(self._conditioned()[0])
 
-    def _conditioned(self) -> dict[str, Tensor]:
-        """W_0 + conditioned (W - W_0), in the model's own orientation."""
-        result = {}
+    def _conditioned(self) -> tuple[dict[str, Tensor], dict[str, Figures]]:
+        """W_0 + conditioned (W - W_0), in the model's own orientation, and the rules' figures by weight."""
+        result, noted = {}, {}
         for name in self.weights.names:
             now = self.weights.get(name)
             original = self.weights.canonical(name, self.original[name]).to(now)
-            total, _ = apply_rules(self.rules.total, now - original, original)
+            total, noted[name] = apply_rules(self.rules.total, now - original, original)
             result[name] = self.weights.canonical(name, original + total).contiguous()  # turned back
-        return result
+        return result, noted
 
     def final_weights(self) -> dict[str, Tensor]:
         """What is saved and scored: the weights under edit, conditioned where the method says so.
@@ -147,7 +189,7 @@ class Editor:
         if not self.rules.total or not self.n_edits:
             return self.weights.stored()
         with self.weights.temporarily():
-            self.weights.restore(self._conditioned())
+            self.weights.restore(self._conditioned()[0])
             return self.weights.stored()
 
     def revert(self) -> None:
@@ -156,22 +198,48 @@ class Editor:
         self.n_edits = 0
         self.method = type(self.method)(self.workspace, self.method.hparams)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that later batches depend on: tensors, and a small JSON-able part."""
-        tensors = {f"weight/{k}": v for k, v in self.weights.snapshot("cpu").items()}
-        tensors |= {f"method/{k}": v for k, v in self.method.state().items()}
-        tensors["rng"] = torch.get_rng_state()
-        return tensors, {"n_edits": self.n_edits}
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """Everything that later batches depend on.
 
-    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Take up a state saved by `state` on the same model."""
-        device = self.workspace.stack.device
+        Returns:
+            What changes with every batch (weights under edit, random state); what stays as it is under its name (the
+            method's own state); a small JSON-able part.
+        """
+        tensors = {f"{_WEIGHT}{name}": weight for name, weight in self.weights.snapshot("cpu").items()}
+        tensors |= {f"{_RNG}{device}": state for device, state in _random_state().items()}
+        return tensors, self.method.state(), {"n_edits": self.n_edits}
+
+    def load_state(
+        self, tensors: Mapping[str, Tensor], lasting: Mapping[str, Tensor], state: Mapping[str, Any]
+    ) -> None:
+        """Take up a saved `state` on the same, unedited model."""
         self.method.prepare()  # on the unedited model
-        self.method.load_state(
-            {k.removeprefix("method/"): v.to(device) for k, v in tensors.items() if k.startswith("method/")}
-        )
+        self.method.load_state(lasting)
         self.weights.restore(
-            {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
+            {k.removeprefix(_WEIGHT): v for k, v in tensors.items() if k.startswith(_WEIGHT)}
         )
-        torch.set_rng_state(tensors["rng"])
+        _set_random_state({k.removeprefix(_RNG): v for k, v in tensors.items() if k.startswith(_RNG)})
         self.n_edits = int(state["n_edits"])
+
+
+def _random_state() -> dict[str, Tensor]:
+    """State of PyTorch's generators, by device: nothing else is drawn from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"cuda:{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
+    return states
+
+
+def _set_random_state(states: Mapping[str, Tensor]) -> None:
+    for device, state in states.items():
+        if device == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available() and torch.device(device).index < torch.cuda.device_count():
+            torch.cuda.set_rng_state(state, device)
+
+
+def _mean(figures: Sequence[Figures]) -> dict[str, Any]:
+    """The figures of a weight's update; the mean of each where there were several updates."""
+    if len(figures) == 1:
+        return dict(figures[0])
+    return {key: statistics.fmean(f[key] for f in figures) for key in figures[0]}

@@ -80,6 +80,15 @@ class EditedWeights:
             self.get(name).copy_(weight)
             self._publish(name)
 
+    @property
+    def transposed(self) -> list[str]:
+        """Names of the weights that the model stores as (in x out)."""
+        return [name for name in self.names if self._transposed[name]]
+
+    def is_finite(self, name: str) -> bool:
+        """Whether the model's own copy of the weight, in its dtype, holds neither NaN nor infinity."""
+        return bool(torch.isfinite(self._parameters[name]).all())
+
     def canonical(self, name: str, stored: Tensor) -> Tensor:
         """Turn a tensor in the model's own orientation into (out x in)."""
         return stored.T if self._transposed[name] else stored
