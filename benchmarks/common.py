@@ -28,6 +28,7 @@ from sphere.files import write_json
 
 T = TypeVar("T")
 MIB = 2**20
+M_MMAP_THRESHOLD = -3  # of mallopt (malloc.h)
 
 
 @dataclass(frozen=True)
@@ -88,31 +89,26 @@ def compare(
     goal: float | None = None,
     note: str | Callable[[Measured], str] = "",
 ) -> Row:
-    """Run plain and fast alternately, after one unmeasured turn, so that a busy machine slows both alike.
+    """Time plain and fast alternately, so that a busy machine slows both alike; before that, measure their memory.
 
     Args:
-        plain: the plain way; called `turns` times, once more to warm up where `warm_plain`.
-        fast: the fast way; called `turns` + 1 times. Both must do the same work whenever they are called.
+        plain: the plain way; called `turns` times, before that once for its memory unless `warm_plain` is false.
+        fast: the fast way; called `turns` + 2 times. Both must do the same work whenever they are called.
         difference: (fast result, plain result) -> largest relative difference.
         note: text, or a function of the fast way's measurements.
     """
-    if warm_plain:
-        plain()
-    fast()
     device = torch.device(device)
+    ways = (plain, fast)
+    fast()
+    peaks: list[int | None] = [peak_of(plain, device) if warm_plain else None, peak_of(fast, device)]
     seconds: tuple[list[float], list[float]] = ([], [])
-    peaks: tuple[list[int | None], list[int | None]] = ([], [])
     results: list[Any] = [None, None]
     for _ in range(turns):
-        for index, way in enumerate((plain, fast)):
+        for index, way in enumerate(ways):
             results[index] = None
-            taken, peak, results[index] = run_once(way, device)
+            taken, results[index] = time_of(way, device)
             seconds[index].append(taken)
-            peaks[index].append(peak)
-    kept = [
-        Measured(s, None if None in p else max(x for x in p if x is not None), r)
-        for s, p, r in zip(seconds, peaks, results, strict=True)
-    ]
+    kept = [Measured(*parts) for parts in zip(seconds, peaks, results, strict=True)]
     return Row(
         name,
         sizes,
@@ -126,42 +122,47 @@ def compare(
     )
 
 
-def run_once(way: Callable[[], T], device: torch.device) -> tuple[float, int | None, T]:
-    """Seconds, peak extra memory and the result of one call."""
-    before = _reset_peak(device)
+def time_of(way: Callable[[], T], device: torch.device) -> tuple[float, T]:
+    """Seconds and the result of one call."""
+    gc.collect()
     synchronize(device)
     begin = time.perf_counter()
     result = way()
     synchronize(device)
-    seconds = time.perf_counter() - begin
-    peak = _peak(device)
-    return seconds, None if before is None or peak is None else max(peak - before, 0), result
+    return time.perf_counter() - begin, result
+
+
+def peak_of(way: Callable[[], Any], device: torch.device) -> int | None:
+    """Peak memory of one call in bytes, above what was held before, its result included.
+
+    The device's on a GPU; else the peak resident set, while the C library is told to hand freed blocks back at once
+    (otherwise its reserve would count). None where the system does not tell.
+    """
+    gc.collect()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        way()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, MIB // 4)
+        library.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets the peak resident set (man 5 proc)
+    except (OSError, AttributeError):
+        return None
+    before_rss = _status("VmRSS")
+    way()
+    peak = _status("VmHWM")
+    library.mallopt(M_MMAP_THRESHOLD, 32 * MIB)  # as large as the library itself lets it grow
+    return None if before_rss is None or peak is None else max(peak - before_rss, 0)
 
 
 def synchronize(device: torch.device) -> None:
     """Wait for the device: its work is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _reset_peak(device: torch.device) -> int | None:
-    """Bytes held now; the peak counts from here."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # freed blocks that the allocator kept would hide new ones
-        Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets the peak resident set (man 5 proc)
-    except (OSError, AttributeError):
-        return None
-    return _status("VmRSS")
-
-
-def _peak(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM")
 
 
 def _status(field: str) -> int | None:
