@@ -300,6 +300,6 @@ class _Loop:
     def _report_not_finite(self, losses: Tensor, step: int) -> None:
         cases = [self.edits[i].case_id for i in (~torch.isfinite(losses)).nonzero()[:, 0].tolist()]
         raise SphereError(
-            f"The loss of target z is not finite at step {step + 1} for case(s) {cases}: the weights may be broken "
-            "(see the batches before), or try a smaller v_lr or --dtype float32."
+            f"The loss of target z at layer {self.z_layer} is not finite at step {step + 1} for case(s) {cases}: the "
+            "weights may be broken (see the batches before), or try a smaller v_lr or --dtype float32."
         )
