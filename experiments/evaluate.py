@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         "--generation_test_interval",
         type=int,
         default=0,
-        help="generate text for every so-many-th case; 0 or below: never",
+        help="generate text for every so-many-th case in the order of editing, from the first; 0 or below: never",
     )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
@@ -110,6 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nWeights and log: {run.folder}")
     if arguments.skip_scoring:
         return 0
+    from sphere.data import load_records
     from sphere.evaluation import evaluate_run
     from sphere.summary import format_table
 
@@ -122,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         run.records,
         generation_interval=interval,
         data_dir=arguments.data_dir,
+        dataset=load_records(arguments.ds_name, arguments.data_dir) if interval else None,
+        seed=arguments.seed,
     )
     print(format_table(summary))
     print(f"\nScores: {run.folder / 'summary' / 'summary.json'}")

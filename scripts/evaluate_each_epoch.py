@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         "--generation_test_interval",
         type=int,
         default=0,
-        help="generate text for every so-many-th case; 0 or below: never",
+        help="generate text for every so-many-th case in the order of editing, from the first; 0 or below: never",
     )
     generation.add_argument("--skip_generation_tests", action="store_true", help="generate no text")
     downstream = parser.add_argument_group("downstream tasks (without --ds_name)")
@@ -70,13 +70,15 @@ def _edits(args: argparse.Namespace) -> int:
     list_checkpoints(args.weight_folder)  # a wrong folder is reported before anything is loaded
     records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)
     model, tokenizer = load_model(args.model_name, args.device, args.dtype, args.device_map)
+    interval = 0 if args.skip_generation_tests else max(args.generation_test_interval, 0)
     summary = evaluate_run(
         model,
         tokenizer,
         args.weight_folder,
         records,
-        generation_interval=0 if args.skip_generation_tests else args.generation_test_interval,
+        generation_interval=interval,
         data_dir=args.data_dir,
+        dataset=load_records(args.ds_name, args.data_dir) if interval else None,
         ds_name=args.ds_name,
         batch_tokens=args.batch_tokens,
         seed=args.seed,

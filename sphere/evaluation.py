@@ -4,7 +4,8 @@
     <folder>/summary/cases_edit_<n>.jsonl      a line that says what was scored, then one line per case
 
 A killed evaluation goes on where it stopped: finished cases are kept if the weights, the record and the settings
-are those that they were scored with.
+are those that they were scored with. Generated texts stand in the line of their case; a case that was scored without
+them, or with another seed or other reference texts, is generated when that is asked for, and not scored again.
 
 Knows the order of things and the files. Scores are made by `sphere.scoring` and `sphere.generation`, averages by
 `sphere.summary`.
@@ -28,6 +29,7 @@ from sphere.checkpoints import Checkpoint, list_checkpoints, read_config, read_w
 from sphere.data import Record
 from sphere.errors import SphereError
 from sphere.files import atomic_path, write_json
+from sphere.generation import CaseGenerator
 from sphere.scoring import Case, RecordScorer, compare_predictions, count_prompts
 from sphere.summary import retention, summarise
 from sphere.weights import EditedWeights
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 FOLDER = "summary"
 SUMMARY_NAME = "summary.json"
 CHUNK = 128  # records scored together and then written
+GENERATED_CHUNK = 8  # cases whose texts are generated together and then written: 80 texts of CounterFact
 SAME_WEIGHTS = 1e-2  # relative: the original weights in bfloat16 against float32 differ by less
 CASES_FORMAT = 1
 
@@ -49,6 +52,7 @@ def evaluate_run(
     *,
     generation_interval: int = 0,
     data_dir: str | Path = "data",
+    dataset: Sequence[Record] | None = None,
     ds_name: str | None = None,
     batch_tokens: int | None = None,
     seed: int = 0,
@@ -60,14 +64,18 @@ def evaluate_run(
         model: the unedited model that the run started from.
         folder: a run's folder, with `edit_<n>` files and (unless published .pth files) `run.json`.
         records: the dataset: in the order of editing, or containing the case_ids that `run.json` names.
-        generation_interval: generate text for every so-many-th case; 0 or below: never.
-        data_dir: where the reference texts of generation are.
+        generation_interval: generate text for every so-many-th case in the order of editing, beginning with the
+            first; 0 or below: never.
+        data_dir: where the reference texts of generation are, or are downloaded to.
+        dataset: all records at hand, from which reference texts are built where none are published (default:
+            `records`).
         ds_name: checked against the run's own, where both are known.
         batch_tokens: tokens of one forward pass.
         seed: of generation and of the bootstrap.
 
     Returns:
-        The content of summary.json: {"folder", "model", "seed", "units", "run" (its configuration), "checkpoints":
+        The content of summary.json: {"folder", "model", "seed", "units", "notes" (in words: which cases are
+        generated, and where the texts they are compared with come from), "run" (its configuration), "checkpoints":
         one row each, edit_0 first: {"label", "checkpoint" (file name), "n_edits", "metrics" (`summarise`),
         "retention" (by thirds of the order of editing), "unedited" (the unedited model on the same cases)}}.
 
@@ -81,9 +89,17 @@ def evaluate_run(
     config = read_config(folder)
     edited = edited_records(records, checkpoints[-1].n_edits, config, folder, ds_name)
     weights = _original_weights(model, folder)
-    run = _Scoring(
-        model, tokenizer, edited, folder, batch_tokens, generation_interval, seed, data_dir, progress
+    generator = CaseGenerator(
+        model,
+        tokenizer,
+        edited,
+        dataset or records,
+        interval=generation_interval,
+        seed=seed,
+        data_dir=data_dir,
+        batch_tokens=batch_tokens,
     )
+    run = _Scoring(model, tokenizer, edited, folder, batch_tokens, generator, progress)
     with weights.temporarily():
         unedited = run.cases(weights, 0, None)
         compare_predictions(unedited, unedited)
@@ -101,9 +117,9 @@ def evaluate_run(
         "dtype": str(model.dtype),
         "dataset": ds_name or config.get("ds_name"),
         "seed": seed,
-        "generation_interval": generation_interval,
+        "generation_interval": max(generation_interval, 0),
         "units": "percent; fluency in bits, perplexity in 1; intervals: percentile bootstrap over cases, 95 %",
-        **run.notes,
+        "notes": generator.notes,
         "run": {key: value for key, value in config.items() if key != "case_ids"},
         "checkpoints": rows,
     }
@@ -207,17 +223,15 @@ class _Scoring:
         records: Sequence[Record],
         folder: Path,
         batch_tokens: int | None,
-        generation_interval: int,
-        seed: int,
-        data_dir: str | Path,
+        generator: CaseGenerator,
         progress: bool,
     ) -> None:
         self.model = model
         self.records = records
         self.folder = folder / FOLDER
         self.scorer = RecordScorer(model, tokenizer, batch_tokens)
+        self.generator = generator
         self.progress = progress
-        self.notes: dict[str, Any] = {}
 
     def cases(self, weights: EditedWeights, n_edits: int, checkpoint: Checkpoint | None) -> list[Case]:
         """Cases of the model as it stands: those on disk, and the others, scored and put there."""
@@ -235,8 +249,9 @@ class _Scoring:
         file.begin([record for chunk in chunks if chunk not in todo for record in chunk])
         if todo:
             self._score(todo, file, name)
+        self._generate(records, file, name)
         log.info("%s: %d cases, %d of them scored now", file.path, len(records), sum(map(len, todo)))
-        return [_present(file.get(record)) for record in records]
+        return [self._asked_for(record, file) for record in records]
 
     def _score(self, chunks: Sequence[Sequence[Record]], file: CaseFile, name: str) -> None:
         start, prompts = time.perf_counter(), 0
@@ -247,6 +262,37 @@ class _Scoring:
                 prompts += count_prompts(cases)
         seconds = time.perf_counter() - start
         log.info("%s: %d prompts in %.1f s, %.1f prompts/s", name, prompts, seconds, prompts / seconds)
+
+    def _generate(self, records: Sequence[Record], file: CaseFile, name: str) -> None:
+        """Texts of the cases that should have some and lack them; whole chunks, as in `cases`."""
+        wanted = [record for record in records if self.generator.wants(record)]
+        chunks = [wanted[i : i + GENERATED_CHUNK] for i in range(0, len(wanted), GENERATED_CHUNK)]
+        todo = [c for c in chunks if any("generation" not in self._asked_for(r, file) for r in c)]
+        if not todo:
+            return
+        start, texts = time.perf_counter(), 0
+        with tqdm(
+            total=sum(map(len, todo)), desc=f"{name}, text", unit="case", disable=not self.progress
+        ) as bar:
+            for chunk in todo:
+                made = self.generator.generate(chunk)
+                scored = [_present(file.get(record)) for record in chunk]
+                file.append(
+                    chunk, [case | {"generation": new} for case, new in zip(scored, made, strict=True)]
+                )
+                texts += sum(len(new["texts"]) for new in made)
+                bar.update(len(chunk))
+        file.begin(records)  # one line per case again
+        seconds = time.perf_counter() - start
+        log.info("%s: %d texts generated in %.1f s, %.2f texts/s", name, texts, seconds, texts / seconds)
+
+    def _asked_for(self, record: Record, file: CaseFile) -> Case:
+        """The finished case, without text that was generated for other settings or that nobody wants now."""
+        case = _present(file.get(record))
+        made_with = case.get("generation", {}).get("settings")
+        if self.generator.wants(record) and made_with == self.generator.settings(record):
+            return case
+        return {key: value for key, value in case.items() if key != "generation"}
 
     def _fingerprint(self, weights: EditedWeights) -> str:
         """Of the edited weights as they stand, and of the kind of model around them."""
