@@ -221,6 +221,11 @@ def format_table(rows: Mapping[str, Any] | Sequence[Row], markdown: bool = False
     for row in rows:
         cells = [_cell(row["metrics"].get(name), title in WITH_INTERVAL) for title, name in columns.items()]
         lines.append([row["label"], str(row["n_edits"]), str(row["metrics"]["n_cases"]), *cells])
+    return format_lines(lines, markdown)
+
+
+def format_lines(lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """A table of cells, the first line its head, for the terminal or as Markdown."""
     return _markdown(lines) if markdown else _aligned(lines)
 
 
