@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sphere.errors import SphereError
+from sphere.hypersphere import principal_share
 from sphere.projection import check_alpha, check_beta, principal_directions, suppress
 
 Figures = dict[str, float]
@@ -56,15 +57,9 @@ class Sphere:
         projected = suppress(delta, directions.basis, self.alpha)
         return projected, {
             "rank": directions.rank,
-            "principal_share_before": _share(delta, directions.basis),
-            "principal_share_after": _share(projected, directions.basis),
+            "principal_share_before": principal_share(delta, directions.basis),
+            "principal_share_after": principal_share(projected, directions.basis),
         }
-
-
-def _share(delta: Tensor, basis: Tensor) -> float:
-    """||Delta U||^2 / ||Delta||^2."""
-    total = delta.norm().square()
-    return float((delta @ basis.to(delta)).norm().square() / total) if total > 0 else 0.0
 
 
 @dataclass(frozen=True)
