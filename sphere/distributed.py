@@ -124,9 +124,7 @@ class Processes:
             outcomes = gather_object([(result, own and self._sentence(own))])
         except RuntimeError as error:
             self._over = True
-            raise own or SphereError(
-                f"Another process is gone ({str(error).splitlines()[0]}): see its own message."
-            ) from error
+            raise own or SphereError("Another process of this job is gone: see its own message.") from error
         failed = [sentence for _, sentence in outcomes if sentence]
         if failed:
             self._over = True

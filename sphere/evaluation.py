@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.checkpoints import Checkpoint, list_checkpoints, read_config, read_weights
 from sphere.data import Record
+from sphere.distributed import Processes
 from sphere.errors import SphereError
 from sphere.files import atomic_path, write_json
 from sphere.generation import CaseGenerator
@@ -57,6 +58,7 @@ def evaluate_run(
     batch_tokens: int | None = None,
     seed: int = 0,
     progress: bool = True,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Score the unedited model and every checkpoint of a run; the model's weights are put back at the end.
 
@@ -72,6 +74,7 @@ def evaluate_run(
         ds_name: checked against the run's own, where both are known.
         batch_tokens: tokens of one forward pass.
         seed: of generation and of the bootstrap.
+        processes: among which the cases are shared out; the main one writes the files.
 
     Returns:
         The content of summary.json: {"folder", "model", "seed", "units", "notes" (in words: which cases are
@@ -82,7 +85,7 @@ def evaluate_run(
     Raises:
         SphereError: no checkpoints, checkpoints of another model, or a dataset without the facts that were edited.
     """
-    folder = Path(folder)
+    folder, processes = Path(folder), processes or Processes()
     checkpoints = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.n_edits]
     if not checkpoints:
         raise SphereError(f"The run in {folder} has no edits yet, only the original weights: edit first.")
@@ -99,8 +102,8 @@ def evaluate_run(
         data_dir=data_dir,
         batch_tokens=batch_tokens,
     )
-    run = _Scoring(model, tokenizer, edited, folder, batch_tokens, generator, progress)
-    with weights.temporarily():
+    run = _Scoring(model, tokenizer, edited, folder, batch_tokens, generator, progress, processes)
+    with processes.together(), weights.temporarily():
         unedited = run.cases(weights, 0, None)
         compare_predictions(unedited, unedited)
         rows = [_row("unedited", None, 0, unedited, unedited, seed)]
@@ -123,7 +126,7 @@ def evaluate_run(
         "run": {key: value for key, value in config.items() if key != "case_ids"},
         "checkpoints": rows,
     }
-    write_json(folder / FOLDER / SUMMARY_NAME, summary)
+    processes.on_main(lambda: write_json(folder / FOLDER / SUMMARY_NAME, summary))
     return summary
 
 
@@ -225,13 +228,14 @@ class _Scoring:
         batch_tokens: int | None,
         generator: CaseGenerator,
         progress: bool,
+        processes: Processes,
     ) -> None:
-        self.model = model
+        self.model, self.processes = model, processes
         self.records = records
         self.folder = folder / FOLDER
         self.scorer = RecordScorer(model, tokenizer, batch_tokens)
         self.generator = generator
-        self.progress = progress
+        self.progress = progress and processes.main
 
     def cases(self, weights: EditedWeights, n_edits: int, checkpoint: Checkpoint | None) -> list[Case]:
         """Cases of the model as it stands: those on disk, and the others, scored and put there."""
@@ -242,7 +246,7 @@ class _Scoring:
             "checkpoint": name,
             "fingerprint": self._fingerprint(weights),
         }
-        file = CaseFile(self.folder / f"cases_edit_{n_edits}.jsonl", header)
+        file = CaseFile(self.folder / f"cases_edit_{n_edits}.jsonl", header, self.processes)
         # Whole chunks, always cut alike: rounding depends on what shares a batch, and a restart should not show.
         chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]
         todo = [chunk for chunk in chunks if any(file.get(record) is None for record in chunk)]
@@ -256,10 +260,11 @@ class _Scoring:
     def _score(self, chunks: Sequence[Sequence[Record]], file: CaseFile, name: str) -> None:
         start, prompts = time.perf_counter(), 0
         with tqdm(total=sum(map(len, chunks)), desc=name, unit="case", disable=not self.progress) as bar:
-            for chunk in chunks:
-                cases = self.scorer.score(chunk, bar)
+            for chunk in self._rounds(chunks):
+                cases = self._shared(lambda own: self.scorer.score(own, progress=False), chunk)
                 file.append(chunk, cases)
                 prompts += count_prompts(cases)
+                bar.update(len(chunk))
         seconds = time.perf_counter() - start
         log.info("%s: %d prompts in %.1f s, %.1f prompts/s", name, prompts, seconds, prompts / seconds)
 
@@ -274,8 +279,8 @@ class _Scoring:
         with tqdm(
             total=sum(map(len, todo)), desc=f"{name}, text", unit="case", disable=not self.progress
         ) as bar:
-            for chunk in todo:
-                made = self.generator.generate(chunk)
+            for chunk in self._rounds(todo):
+                made = self._shared(self.generator.generate, chunk)
                 scored = [_present(file.get(record)) for record in chunk]
                 file.append(
                     chunk, [case | {"generation": new} for case, new in zip(scored, made, strict=True)]
@@ -285,6 +290,18 @@ class _Scoring:
         file.begin(records)  # one line per case again
         seconds = time.perf_counter() - start
         log.info("%s: %d texts generated in %.1f s, %.2f texts/s", name, texts, seconds, texts / seconds)
+
+    def _rounds(self, chunks: Sequence[Sequence[Record]]) -> Iterator[list[Record]]:
+        """As many chunks at a time as there are processes: each gets one, where all are full."""
+        size = self.processes.size
+        for i in range(0, len(chunks), size):
+            yield [record for chunk in chunks[i : i + size] for record in chunk]
+
+    def _shared(
+        self, make: Callable[[Sequence[Record]], list[Case]], records: Sequence[Record]
+    ) -> list[Case]:
+        """What `make` makes of records, one result each, shared out to the processes."""
+        return [case for part in self.processes.shares(make, records) for case in part]
 
     def _asked_for(self, record: Record, file: CaseFile) -> Case:
         """The finished case, without text that was generated for other settings or that nobody wants now."""
@@ -313,18 +330,22 @@ class CaseFile:
 
     Args:
         header: says which weights; a file with another header is begun anew.
+        processes: the main one reads and writes the file, all of them know its cases.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any], processes: Processes | None = None) -> None:
         self.path = path
         self.header = header
+        self.processes = processes or Processes()
         self._cases: dict[tuple[int, str], Case] = {}
-        for line in self._trusted(path, header):
+        for line in self.processes.on_main(lambda: self._trusted(path, header)):
             self._cases[line["case"]["case_id"], line["record"]] = line["case"]
 
     def begin(self, kept: Sequence[Record]) -> None:
         """Write the file anew with the finished cases of `kept` only."""
         self._cases = {(r.case_id, _digest(r)): _present(self.get(r)) for r in kept}
+        if not self.processes.main:
+            return
         lines = [json.dumps(self.header), *(_line(digest, c) for (_, digest), c in self._cases.items())]
         with atomic_path(self.path) as temporary:
             temporary.write_text("\n".join(lines) + "\n", "utf-8")
@@ -350,9 +371,11 @@ class CaseFile:
     def append(self, records: Sequence[Record], cases: Sequence[Case]) -> None:
         """Add finished cases, at once on disk."""
         added = {(r.case_id, _digest(r)): case for r, case in zip(records, cases, strict=True)}
+        self._cases |= added
+        if not self.processes.main:
+            return
         with self.path.open("a", encoding="utf-8") as out:
             out.write("".join(_line(digest, case) + "\n" for (_, digest), case in added.items()))
-        self._cases |= added
 
 
 def _line(digest: str, case: Case) -> str:
