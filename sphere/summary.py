@@ -206,7 +206,12 @@ WITH_INTERVAL = ("efficacy", "paraphrase", "neighborhood", "score")
 
 
 def format_table(rows: Mapping[str, Any] | Sequence[Row], markdown: bool = False) -> str:
-    """A table of checkpoints for the terminal, or as Markdown.
+    """A table of checkpoints for the terminal, or as Markdown; see `table_lines`."""
+    return format_lines(table_lines(rows), markdown)
+
+
+def table_lines(rows: Mapping[str, Any] | Sequence[Row]) -> list[list[str]]:
+    """A table of checkpoints as cells, the first line its head.
 
     Args:
         rows: a summary as `sphere.evaluation.evaluate_run` returns it, or rows such as those of its "checkpoints":
@@ -219,9 +224,9 @@ def format_table(rows: Mapping[str, Any] | Sequence[Row], markdown: bool = False
     }
     lines = [["weights", "edits", "cases", *columns]]
     for row in rows:
-        cells = [_cell(row["metrics"].get(name), title in WITH_INTERVAL) for title, name in columns.items()]
+        cells = [cell(row["metrics"].get(name), title in WITH_INTERVAL) for title, name in columns.items()]
         lines.append([row["label"], str(row["n_edits"]), str(row["metrics"]["n_cases"]), *cells])
-    return format_lines(lines, markdown)
+    return lines
 
 
 def format_lines(lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
@@ -229,7 +234,8 @@ def format_lines(lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
     return _markdown(lines) if markdown else _aligned(lines)
 
 
-def _cell(entry: Mapping[str, Any] | None, interval: bool) -> str:
+def cell(entry: Mapping[str, Any] | None, interval: bool = True) -> str:
+    """A metric or score of `summarise` as text, with or without its interval; "-" for None."""
     if not entry:
         return "-"
     value = entry["value"] if "value" in entry else entry["mean"]
