@@ -31,6 +31,7 @@ from sphere.files import atomic_path, read_json, write_json
 CONFIG_NAME = "run.json"
 RESUME_NAME = "resume.safetensors"
 RESUME_PARTS = "resume_*.safetensors"
+MOST_PARTS = 32  # then they are written anew as one
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,8 @@ def write_resume(
     parts = {
         part: names for part, names in _resume_parts(folder).items() if not lasting.keys().isdisjoint(names)
     }
+    if len(parts) >= MOST_PARTS:
+        parts = {}
     known = {name for names in parts.values() for name in names}
     new = {name: tensor for name, tensor in lasting.items() if name not in known}
     if new:
@@ -149,8 +152,9 @@ def write_resume(
             save_file(_plain(new), temporary)
         parts[part] = sorted(new)
     with atomic_path(folder / RESUME_NAME) as temporary:  # last: it names the others
-        metadata = {"state": json.dumps(state), "parts": json.dumps(parts)}
-        save_file(_plain(tensors), temporary, metadata=metadata)
+        # One entry: several would be written in any order, and equal runs should be equal files.
+        content = json.dumps({"state": state, "parts": parts})
+        save_file(_plain(tensors), temporary, metadata={"resume": content})
     for path in folder.glob(RESUME_PARTS):
         if path.name not in parts:
             path.unlink()
@@ -168,9 +172,9 @@ def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
     lasting: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            state = json.loads(file.metadata()["state"])
+            content = json.loads(file.metadata()["resume"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-        for part, names in _resume_parts(Path(folder)).items():
+        for part, names in content["parts"].items():
             path = Path(folder) / part
             with safe_open(path, framework="pt") as file:
                 lasting |= {name: file.get_tensor(name) for name in names}
@@ -178,7 +182,7 @@ def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
         raise SphereError(
             f"The resume point {path} is damaged ({error}): begin the run anew with --overwrite."
         ) from error
-    return tensors, lasting, state
+    return tensors, lasting, content["state"]
 
 
 def _resume_parts(folder: Path) -> dict[str, list[str]]:
@@ -187,7 +191,7 @@ def _resume_parts(folder: Path) -> dict[str, list[str]]:
     if not path.exists():
         return {}
     with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["parts"])
+        return json.loads(file.metadata()["resume"])["parts"]
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,80 @@
+"""Runs in processes of their own that are killed without warning."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from sphere.run import RunConfig, execute
+
+# Children are forked from a process that has imported everything and computed nothing.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["sphere.run", "baselines.mend", "transformers.models.llama.modeling_llama"])
+SECONDS = 60
+
+
+def start(config: RunConfig, fatal_step: int = 0) -> BaseProcess:
+    """Begin a run, or go on with it where it has begun.
+
+    Args:
+        fatal_step: die just before the so-many-th call that moves bytes or names to the disk; 0 for never.
+    """
+    process = CONTEXT.Process(target=_run, args=(config, fatal_step), daemon=True)
+    process.start()
+    return process
+
+
+def finish(config: RunConfig) -> None:
+    """Run to the end."""
+    process = start(config)
+    process.join(SECONDS)
+    assert process.exitcode == 0
+
+
+def kill_after(process: BaseProcess, seconds: float) -> bool:
+    """SIGKILL a process unless it has ended before; returns whether it was killed."""
+    process.join(seconds)
+    if process.exitcode is None:
+        os.kill(process.pid or 0, signal.SIGKILL)
+        process.join(SECONDS)
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def _run(config: RunConfig, fatal_step: int) -> None:
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+    torch.set_num_threads(1)
+    if fatal_step:
+        _die_at(fatal_step)
+    execute(config)
+
+
+def _die_at(fatal_step: int) -> None:
+    calls = 0
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == fatal_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(SECONDS)
+            return function(*args, **kwargs)
+
+        return call
+
+    os.replace, os.fsync, os.unlink = map(counted, (os.replace, os.fsync, os.unlink))
+
+
+def continuing(config: RunConfig, begun: bool) -> RunConfig:
+    """The same run, to go on with where it has begun."""
+    return replace(config, continue_from_run=begun)

@@ -1,0 +1,222 @@
+"""Runs that are killed go on to the very checkpoints of runs that are not; equal seeds give equal bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import killed
+import pytest
+import torch
+from tiny_run import LABEL, METHODS, TinyRun, contents
+from transformers import PreTrainedTokenizerBase
+
+import sphere.checkpoints
+import sphere.run
+from sphere.checkpoints import read_resume, write_resume
+from sphere.errors import SphereError
+from sphere.methods import available_methods
+from sphere.run import RunConfig, execute
+
+N_RECORDS, KILLS = 16, 10
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> TinyRun:
+    """Settings and files of runs of 8 batches; each test has an output folder of its own."""
+    return TinyRun(tmp_path_factory.mktemp("resume"), tiny_tokenizer, N_RECORDS)
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where a run lies."""
+    name = f"starter_weight_data_batch_{config.num_edits}_{config.beta_hse:g}_0.5"
+    return Path(config.output_dir) / config.alg_name / LABEL / name
+
+
+def logged(folder: Path) -> list[int]:
+    """Numbers of the batches in a run's log."""
+    return [json.loads(line)["batch"] for line in (folder / "batches.jsonl").read_text().splitlines()]
+
+
+def check_same(folder: Path, reference: Path, n_records: int = N_RECORDS) -> None:
+    """Same checkpoints and resume point, byte for byte; each batch logged once; nothing half-written."""
+    expected = contents(reference)
+    assert len(expected) == n_records // 2 + 1
+    assert contents(folder) == expected
+    assert contents(folder, "resume*") == contents(reference, "resume*")
+    assert logged(folder) == list(range(n_records // 2))
+    assert not list(folder.glob(".*"))
+
+
+def test_every_method_is_tried() -> None:
+    assert set(METHODS) == set(available_methods())
+
+
+def test_killed_at_random_points(tiny: TinyRun) -> None:
+    reference = tiny.config("uninterrupted", alpha=0.5)
+    start = time.perf_counter()
+    killed.finish(reference)
+    limit = (time.perf_counter() - start) / 2
+    config = tiny.config("killed", alpha=0.5)
+    folder, generator, kills, done = folder_of(config), random.Random(0), 0, 0
+    while kills < KILLS or done < N_RECORDS:
+        begun = (folder / "run.json").exists()
+        process = killed.start(killed.continuing(config, begun))
+        if killed.kill_after(process, generator.uniform(0.0, limit)):
+            kills += 1
+            before, done = done, edits_done(folder)
+            limit *= 1.0 if done > before else 1.3  # a slow machine must get somewhere, too
+        else:
+            check_same(folder, folder_of(reference))
+            done = N_RECORDS
+            if kills < KILLS:  # not killed often enough: once more
+                limit /= 2
+                shutil.rmtree(folder)
+                done = 0
+
+
+def edits_done(folder: Path) -> int:
+    """Edits up to a run's resume point."""
+    point = read_resume(folder)
+    return point[2]["n_edits"] if point else 0
+
+
+def test_killed_before_every_step_to_the_disk(tiny: TinyRun) -> None:
+    """Each restart dies one step later than the one before: no two steps may be left apart."""
+    reference = tiny.config("few", dataset_size_limit=6, alpha=0.5)
+    killed.finish(reference)
+    config = tiny.config("steps", dataset_size_limit=6, alpha=0.5)
+    folder, step, finished = folder_of(config), 0, False
+    while not finished:
+        step += 1
+        begun = (folder / "run.json").exists()
+        process = killed.start(killed.continuing(config, begun), fatal_step=step)
+        finished = not killed.kill_after(process, killed.SECONDS)
+    assert step > 15
+    check_same(folder, folder_of(reference), 6)
+
+
+class Stopped(BaseException):
+    """Ends a run where it stands."""
+
+
+def stop(config: RunConfig, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Break a run off when a batch (counted from 0) has been written into the model and is about to be logged."""
+    original = sphere.run._log_batch
+
+    def log_batch(folder, index, report):
+        if index == batch:
+            raise Stopped
+        original(folder, index, report)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sphere.run, "_log_batch", log_batch)
+        with pytest.raises(Stopped):
+            execute(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_continues_exactly(method: str, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"alg_name": method, "dataset_size_limit": 6, "alpha": 0.5}
+    reference = execute(tiny.config("whole", **settings)).folder
+    torch.manual_seed(1)
+    stop(tiny.config("broken", **settings), 2, monkeypatch)
+    torch.manual_seed(2)
+    run = execute(tiny.config("broken", **settings, continue_from_run=True))
+    assert [report.n_edits for report in run.reports] == [6]
+    check_same(run.folder, reference, 6)
+    again = execute(tiny.config("broken", **settings, continue_from_run=True))  # nothing left to do
+    assert not again.reports
+    check_same(run.folder, reference, 6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "bfloat16"}, {"use_cache": True}, {"alg_name": "MEMIT_prune"}]
+)
+def test_other_settings_continue_exactly(
+    settings: dict[str, object], tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of 16 bits go on from their float32 masters; cached targets change nothing; PRUNE on conditioned ones."""
+    if "alg_name" in settings:
+        tiny.write_hparams("MEMIT_prune", prune_continue="conditioned")
+    name = next(iter(settings))
+    config = tiny.config(name, dataset_size_limit=6, alpha=0.5, **settings)
+    reference = execute(tiny.config(f"{name}-whole", dataset_size_limit=6, alpha=0.5, **settings)).folder
+    stop(config, 1, monkeypatch)
+    run = execute(killed.continuing(config, True))
+    check_same(run.folder, reference, 6)
+    tiny.write_hparams("MEMIT_prune")
+
+
+def test_same_seed_same_bytes(tiny: TinyRun) -> None:
+    first, second = (
+        execute(tiny.config(name, dataset_size_limit=6, alpha=0.5, seed=7)).folder for name in ("one", "two")
+    )
+    assert contents(first) == contents(second)
+    assert contents(first, "resume*") == contents(second, "resume*")
+    other = execute(tiny.config("three", dataset_size_limit=6, alpha=0.5, seed=8)).folder
+    assert contents(other)["edit_6.safetensors"] != contents(first)["edit_6.safetensors"]
+
+
+def test_resume_point_holds_random_state(tiny: TinyRun) -> None:
+    run = execute(tiny.config("random", dataset_size_limit=2, alpha=0.5))
+    point = read_resume(run.folder)
+    assert point
+    torch.manual_seed(99)
+    run.editor.load_state(*point)
+    assert torch.equal(torch.get_rng_state(), point[0]["rng/cpu"])
+
+
+# ---- what a resume point writes ----
+
+
+def test_resume_point_writes_only_what_is_new(tmp_path: Path) -> None:
+    keys = {f"keys.{i}": torch.full((2, 3), float(i)) for i in range(4)}
+    stamps = {}
+    for n in range(1, 5):
+        lasting = {name: keys[name] for name in list(keys)[:n]}
+        write_resume(tmp_path, {"weight": torch.tensor([float(n)])}, lasting, {"n_edits": n})
+        for path in tmp_path.glob("resume_*"):
+            assert stamps.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
+    assert sorted(stamps) == [f"resume_{n}.safetensors" for n in range(1, 5)]
+    tensors, lasting, state = read_resume(tmp_path) or pytest.fail("no resume point")
+    assert state == {"n_edits": 4}
+    assert tensors["weight"] == 4
+    assert lasting.keys() == keys.keys()
+    assert all(torch.equal(lasting[name], keys[name]) for name in keys)
+
+
+def test_resume_point_drops_what_is_no_longer_named(tmp_path: Path) -> None:
+    write_resume(tmp_path, {}, {"sum.1": torch.ones(3)}, {"n_edits": 1})
+    write_resume(tmp_path, {}, {"sum.2": torch.ones(3)}, {"n_edits": 2})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["resume.safetensors", "resume_2.safetensors"]
+
+
+def test_resume_point_has_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sphere.checkpoints, "MOST_PARTS", 4)
+    lasting = {}
+    for n in range(1, 14):
+        lasting[f"keys.{n}"] = torch.full((2,), float(n))
+        write_resume(tmp_path, {}, lasting, {"n_edits": n})
+        assert len(list(tmp_path.iterdir())) <= 5
+    _, found, _ = read_resume(tmp_path) or pytest.fail("no resume point")
+    assert all(torch.equal(found[name], tensor) for name, tensor in lasting.items())
+
+
+@pytest.mark.parametrize("name", ["resume.safetensors", "resume_1.safetensors"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damaged_resume_point_is_named(name: str, damage: str, tmp_path: Path) -> None:
+    write_resume(tmp_path, {}, {"keys": torch.ones(3)}, {"n_edits": 1})
+    path = tmp_path / name
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-5])
+    else:
+        path.unlink()
+    if (name, damage) == ("resume.safetensors", "gone"):
+        assert read_resume(tmp_path) is None
+        return
+    with pytest.raises(SphereError, match=f"{name}.*damaged.*--overwrite"):
+        read_resume(tmp_path)

@@ -1,0 +1,122 @@
+"""A whole run in small: a random model on disk, its tokenizer, hyperparameter files and a dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from conftest import LLAMA_MODULES, tiny_llama, tiny_values
+from transformers import PreTrainedTokenizerBase
+
+from baselines.mend.networks import MendEditor
+from sphere.methods import get_method
+from sphere.run import RunConfig
+
+LABEL = "tiny"
+METHODS = ("AlphaEdit", "FT", "MEMIT", "MEMIT_prune", "MEMIT_rect", "MEMIT_seq", "MEND", "ROME")
+OWN = {  # hyperparameters beside those of the MEMIT family
+    "AlphaEdit": {"nullspace_threshold": 0.5, "L2": 1.0},
+    "FT": {"num_steps": 3, "lr": 1e-2},
+    "MEND": {"rank": 4, "edit_lr": 0.1},
+    "ROME": {"layers": [1]},
+}
+
+
+def method_values(method: str, **changes: Any) -> dict[str, Any]:
+    """The JSON content of a method's hyperparameter file for the tiny model."""
+    values = tiny_values(LLAMA_MODULES) | OWN.get(method, {}) | {"v_num_grad_steps": 3} | changes
+    names = {field.name for field in dataclasses.fields(get_method(method).hparams_class)}
+    return {key: value for key, value in values.items() if key in names or key in changes}
+
+
+def records(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Made-up facts in the CounterFact schema."""
+    generator = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    result = []
+    for case in range(n):
+        subject = "".join(generator.choices(letters, k=5)).capitalize()
+        result.append(
+            {
+                "case_id": case,
+                "requested_rewrite": {
+                    "prompt": "{} is in",
+                    "subject": subject,
+                    "target_new": {"str": generator.choice(["Rome", "Oslo", "Bonn"])},
+                    "target_true": {"str": "Paris"},
+                },
+                "paraphrase_prompts": [f"Where is {subject}? In"],
+                "neighborhood_prompts": ["Ann is in"],
+                "generation_prompts": [f"{subject} is"],
+            }
+        )
+    return result
+
+
+class TinyRun:
+    """The folder of a tiny world, and runs in it.
+
+    Attributes:
+        folder: holds model, hparams, data and stats.
+    """
+
+    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, n_records: int = 8) -> None:
+        self.folder = folder
+        tiny_llama().save_pretrained(folder / LABEL)
+        tokenizer.save_pretrained(folder / LABEL)
+        for method in METHODS:
+            self.write_hparams(method)
+        self.write_records(records(n_records))
+        editor = MendEditor(dict.fromkeys((1, 2), (32, 48)), rank=4, edit_lr=0.1)
+        (folder / "stats" / LABEL).mkdir(parents=True)
+        editor.save(folder / "stats" / LABEL / "mend.safetensors", {})
+
+    def write_hparams(self, method: str, **changes: Any) -> Path:
+        """Write a method's hyperparameter file, with changes; None removes a key."""
+        values = {k: v for k, v in method_values(method, **changes).items() if v is not None}
+        path = self.folder / "hparams" / method / f"{LABEL}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+        return path
+
+    def write_records(self, content: Any) -> Path:
+        """Write the dataset ("starter")."""
+        path = self.folder / "data" / "starter.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Settings that say where things are."""
+        return {
+            "model_name": str(self.folder / LABEL),
+            "data_dir": str(self.folder / "data"),
+            "hparams_dir": str(self.folder / "hparams"),
+            "stats_dir": str(self.folder / "stats"),
+            "cache_dir": str(self.folder / "cache"),
+        }
+
+    def config(self, output: str = "runs", **settings: Any) -> RunConfig:
+        """Settings of a run: batches of 2, every checkpoint saved."""
+        defaults = {"num_edits": 2, "checkpoints": "all", "log_energy_every": 0, "device": "cpu"}
+        return RunConfig(**{**self.places, "output_dir": str(self.folder / output), **defaults, **settings})
+
+    def flags(self, output: str = "runs", **settings: Any) -> list[str]:
+        """The same as flags of `experiments.evaluate`; True is a flag without a value, None leaves it out."""
+        values = {**self.places, "output_dir": str(self.folder / output), "num_edits": 2, "device": "cpu"}
+        return flags({**values, **settings})
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    """{"a": 1, "b": True} -> ["--a=1", "--b"]."""
+    given = {k: v for k, v in settings.items() if v is not None and v is not False}
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
+
+
+def contents(folder: Path, pattern: str = "edit_*.safetensors") -> dict[str, bytes]:
+    """Name -> bytes of a run's files."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
