@@ -10,6 +10,7 @@ import argparse
 import errno
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,16 +23,26 @@ from sphere.errors import SphereError
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
+WIDTH = 112  # of help texts, where the terminal is wide enough or unknown
 DATASETS = ("starter", "cf", "mcf", "zsre")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's line breaks; shows each default that says something."""
+    """Keeps the description's line breaks; shows each default that says something, and short names for values."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        columns = shutil.get_terminal_size(fallback=(WIDTH, 24)).columns
+        super().__init__(prog, **{"max_help_position": 34, "width": min(columns, WIDTH) - 2, **options})
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        if action.type in (int, positive_int):
+            return "N"
+        return "X" if action.type is float else action.dest.rpartition("_")[2].upper()
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +54,9 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description: str | None, **options: Any) -> Parser:
     """A parser for one command; `description` is usually the script's docstring."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is not None:
+        options.setdefault("prog", f"python -m {module.name}")
     return Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
 
 
@@ -78,8 +92,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_data_flags(parser: argparse.ArgumentParser, ds_name: str | None = "starter") -> None:
-    """--ds_name (default `ds_name`), --data_dir, --dataset_size_limit: what `load_records` takes."""
+def add_data_flags(
+    parser: argparse.ArgumentParser, ds_name: str | None = "starter", limit: int | None = None
+) -> None:
+    """--ds_name, --data_dir, --dataset_size_limit (default `limit`): what `load_records` takes."""
     group = parser.add_argument_group("data")
     group.add_argument(
         "--ds_name",
@@ -96,8 +112,8 @@ def add_data_flags(parser: argparse.ArgumentParser, ds_name: str | None = "start
     group.add_argument(
         "--dataset_size_limit",
         type=positive_int,
-        default=None,
-        help="use only the first so many records (default: all)",
+        default=limit,
+        help="use only the first so many records" + ("" if limit else " (default: all)"),
     )
 
 
@@ -136,11 +152,21 @@ def run_cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
         code = EXIT_INTERRUPTED
     except OSError as error:
         code = _complain(_os_sentence(error))
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, named so as not to import it here
+            raise
+        code = _complain(
+            "The GPU's memory is full: use a smaller --batch_tokens or --num_edits, --conserve_memory or --dtype "
+            "bfloat16; what is written so far is kept, and --continue_from_run goes on from it."
+        )
     sys.exit(code or 0)
 
 
 def _complain(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    if (
+        os.environ.get("RANK", "0") == "0"
+    ):  # an error of one process is an error of all (`sphere.distributed`)
+        print(f"error: {sentence}", file=sys.stderr)
     return EXIT_ERROR
 
 
