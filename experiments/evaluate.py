@@ -8,9 +8,18 @@ AlphaEdit with the SPHERE projection. Everything lands in
     run.json          the full configuration, and the command
     edit_<n>          weights of the edited layers after n edits (edit_0: the original ones)
     batches.jsonl     what each batch did to each layer
+    tensorboard/      the same, with --tensorboard
+    resume*           the last finished batch; may be removed when the run is complete
     summary/          scores of the unedited model and of every checkpoint
 
---beta_hse=0 runs the plain method, without SPHERE.
+--beta_hse=0 runs the plain method, without SPHERE. A run that was stopped, by whatever, goes on with the same flags and
+--continue_from_run, to the same weights bit for bit.
+
+Examples:
+    python -m experiments.evaluate
+    python -m experiments.evaluate --alg_name=MEMIT --beta_hse=0
+    python -m experiments.evaluate --model_name=./Qwen2.5-7B-Instruct --hparams_fname=Qwen2.5-7B.json \\
+        --ds_name=mcf --dataset_size_limit=5000 --num_edits=100
 """
 
 from __future__ import annotations
@@ -46,13 +55,17 @@ def parser() -> argparse.ArgumentParser:
         help="SPHERE: suppression strength (default: the paper's, 0.5 for AlphaEdit and 0.8 for the others)",
     )
     edit.add_argument("--seed", type=int, default=0, help="of everything that is sampled")
-    edit.add_argument("--list_methods", action="store_true", help="print the methods there are, and stop")
+    edit.add_argument(
+        "--list_methods",
+        action="store_true",
+        help="print every method with its reference and defaults, and stop",
+    )
     add_model_flags(parser)
-    add_data_flags(parser)
-    parser.set_defaults(dataset_size_limit=100, data_dir="data")
+    add_data_flags(parser, limit=100)
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", default="Edited_Weight", help="where runs are written")
     out.add_argument("--stats_dir", default="data/stats", help="where second moments are kept for later runs")
+    out.add_argument("--cache_dir", default="data/cache", help="where --use_cache keeps target values")
     out.add_argument(
         "--checkpoints",
         default="ends",
@@ -62,6 +75,16 @@ def parser() -> argparse.ArgumentParser:
         "--continue_from_run", action="store_true", help="go on with the run of these flags where it stopped"
     )
     out.add_argument("--overwrite", action="store_true", help="replace a run that is already there")
+    out.add_argument(
+        "--log_energy_every",
+        type=int,
+        default=1,
+        help="log hyperspherical energy, principal share and conditioning of the edited weights after every so-many-th "
+        "batch; 0: never",
+    )
+    out.add_argument(
+        "--tensorboard", action="store_true", help="also log each batch's figures as TensorBoard events"
+    )
     score = parser.add_argument_group("scoring")
     score.add_argument(
         "--skip_scoring", action="store_true", help="edit only; scripts.evaluate_each_epoch scores later"
@@ -96,18 +119,18 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Parse, edit, score, print."""
     arguments = parser().parse_args(argv)
-    from sphere.methods import available_methods
-
     if arguments.list_methods:
-        for name, method in available_methods().items():
-            print(f"{name:12s} {method.reference} (default alpha {method.default_alpha:g})")
+        from sphere.catalogue import describe_methods
+
+        print(describe_methods(arguments.hparams_dir))
         return 0
     from sphere.run import RunConfig, execute
 
     fields = {f.name for f in dataclasses.fields(RunConfig)}
     values = {k: v for k, v in vars(arguments).items() if k in fields}
     run = execute(RunConfig(**{**values, "data_dir": str(values["data_dir"])}))
-    print(f"\nWeights and log: {run.folder}")
+    say = print if run.processes.main else lambda *_: None
+    say(f"\nWeights and log: {run.folder}")
     if arguments.skip_scoring:
         return 0
     from sphere.data import load_records
@@ -125,9 +148,10 @@ def main(argv: list[str] | None = None) -> int:
         data_dir=arguments.data_dir,
         dataset=load_records(arguments.ds_name, arguments.data_dir) if interval else None,
         seed=arguments.seed,
+        processes=run.processes,
     )
-    print(format_table(summary))
-    print(f"\nScores: {run.folder / 'summary' / 'summary.json'}")
+    say(format_table(summary))
+    say(f"\nScores: {run.folder / 'summary' / 'summary.json'}")
     return 0
 
 

@@ -63,13 +63,15 @@ def main(argv: list[str] | None = None) -> int:
 def _edits(args: argparse.Namespace) -> int:
     from sphere.checkpoints import list_checkpoints
     from sphere.data import load_records
+    from sphere.distributed import start
     from sphere.evaluation import evaluate_run
     from sphere.models import load_model
     from sphere.summary import format_table
 
     list_checkpoints(args.weight_folder)  # a wrong folder is reported before anything is loaded
     records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)
-    model, tokenizer = load_model(args.model_name, args.device, args.dtype, args.device_map)
+    processes = start(args.device, args.device_map)
+    model, tokenizer = load_model(args.model_name, processes.device, args.dtype, args.device_map)
     interval = 0 if args.skip_generation_tests else max(args.generation_test_interval, 0)
     summary = evaluate_run(
         model,
@@ -82,9 +84,11 @@ def _edits(args: argparse.Namespace) -> int:
         ds_name=args.ds_name,
         batch_tokens=args.batch_tokens,
         seed=args.seed,
+        processes=processes,
     )
-    print(format_table(summary))
-    print(f"\nScores: {args.weight_folder / 'summary' / 'summary.json'}")
+    if processes.main:
+        print(format_table(summary))
+        print(f"\nScores: {args.weight_folder / 'summary' / 'summary.json'}")
     return 0
 
 

@@ -80,8 +80,7 @@ class Editor:
         **options: Any,
     ) -> None:
         kind = get_method(method)
-        if "stats_dir" in options:
-            options["stats_dir"] = Path(options["stats_dir"])
+        options |= {key: Path(options[key]) for key in ("stats_dir", "cache_dir") if options.get(key)}
         self.rules = kind.rules(hparams, beta_hse, alpha)
         self.workspace = Workspace(model, tokenizer, hparams, **options)
         self.weights = self.workspace.weights
@@ -112,6 +111,7 @@ class Editor:
             self._continue_conditioned()
             for name, delta in self.method.updates(requests):
                 noted.setdefault(name, []).append(self._write(name, delta, requests))
+            self._agree()
             layers: dict[str, dict[str, Any]] = {name: _mean(figures) for name, figures in noted.items()}
             for name, figures in layers.items():
                 now = self.weights.get(name)
@@ -128,6 +128,13 @@ class Editor:
         log.info("%d edits in %.1f s, %d in all.", len(requests), seconds, self.n_edits)
         measuring = time.perf_counter() - start - seconds if measure else 0.0
         return BatchReport(self.n_edits, seconds, layers, findings, measuring)
+
+    def _agree(self) -> None:
+        """Where several processes edit alike: take the main one's weights, so that rounding never parts them."""
+        processes = self.workspace.processes
+        if processes.size > 1:
+            for name in self.weights.names:
+                self.weights.set_(name, processes.from_main(self.weights.get(name)))
 
     def _measure(
         self, measure: Measure, layers: dict[str, dict[str, Any]], before: Mapping[str, Tensor]

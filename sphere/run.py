@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import shlex
 import shutil
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +22,39 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sphere.checkpoints import (
     CONFIG_NAME,
+    RESUME_NAME,
+    RESUME_PARTS,
+    list_checkpoints,
     read_config,
     read_resume,
+    read_weights,
     run_folder,
     write_checkpoint,
     write_config,
     write_resume,
 )
 from sphere.data import Record, load_records
+from sphere.distributed import Processes, start
 from sphere.editor import BatchReport, Editor
 from sphere.errors import SphereError
-from sphere.files import atomic_path
+from sphere.files import append_line, atomic_path, remove_leftovers
 from sphere.hparams import load_hparams
-from sphere.methods import get_method
-from sphere.models import DEFAULT_MODEL, fingerprint, load_model, model_label
+from sphere.methods import Workspace, get_method
+from sphere.models import DEFAULT_MODEL, load_model, model_label
+from sphere.monitor import Board, Monitor, check_tensorboard
 
 log = logging.getLogger(__name__)
 
 LOG_NAME = "batches.jsonl"
-LEFTOVERS = ("edit_*.safetensors", "edit_*.pth", LOG_NAME, "resume.safetensors", CONFIG_NAME)
+TENSORBOARD_FOLDER = "tensorboard"
+# The configuration goes first: without it nothing else counts as a run.
+LEFTOVERS = (CONFIG_NAME, "edit_*.safetensors", "edit_*.pth", LOG_NAME, RESUME_NAME, RESUME_PARTS)
+LEFTOVER_FOLDERS = ("summary", "rect_eval", "report", TENSORBOARD_FOLDER)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a run is decided by; the flags of `experiments.evaluate` by the same names."""
+    """Everything that a run is decided by and what it logs; the flags of `experiments.evaluate` by the same names."""
 
     alg_name: str = "AlphaEdit"
     model_name: str = DEFAULT_MODEL
@@ -62,8 +71,11 @@ class RunConfig:
     data_dir: str = "data"
     hparams_dir: str = "hparams"
     stats_dir: str = "data/stats"
+    cache_dir: str = "data/cache"
     output_dir: str = "Edited_Weight"
     checkpoints: str = "ends"
+    log_energy_every: int = 1
+    tensorboard: bool = False
     batch_tokens: int = 2048
     conserve_memory: bool = False
     use_cache: bool = False
@@ -88,41 +100,73 @@ class Run:
     records: list[Record]
     reports: list[BatchReport]
 
+    @property
+    def processes(self) -> Processes:
+        """Those that made the run together, one by default."""
+        return self.editor.workspace.processes
+
 
 def execute(config: RunConfig, command: str | None = None) -> Run:
-    """Load, edit batch after batch, save.
+    """Load, edit batch after batch, save; with all processes that `torchrun` started, where it did.
 
     Args:
-        command: the command line, kept with the configuration.
+        command: kept with the configuration; by default the `experiments.evaluate` command of these settings.
 
     Raises:
         SphereError: anything that the user can mend; checkpoints written so far are kept.
     """
+    processes = start(config.device, config.device_map)
+    with processes.together():
+        return _execute(config, command, processes)
+
+
+def hparams_path(config: RunConfig) -> Path:
+    """The hyperparameter file of a run."""
+    file = config.hparams_fname or f"{model_label(config.model_name)}.json"
+    return Path(config.hparams_dir) / config.alg_name / file
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where a run lands."""
+    return run_folder(
+        config.output_dir,
+        config.alg_name,
+        model_label(config.model_name),
+        config.ds_name,
+        config.num_edits,
+        config.beta_hse,
+        alpha_of(config),
+    )
+
+
+def alpha_of(config: RunConfig) -> float:
+    """A run's suppression strength: its own, or its method's default."""
+    return get_method(config.alg_name).default_alpha if config.alpha is None else config.alpha
+
+
+def _execute(config: RunConfig, command: str | None, processes: Processes) -> Run:
     method = get_method(config.alg_name)
+    if config.tensorboard:
+        check_tensorboard()
     if config.num_edits < 1:
         raise SphereError(
             f"--num_edits is the size of a batch and must be at least 1, got {config.num_edits}."
         )
-    alpha = method.default_alpha if config.alpha is None else config.alpha
-    label = model_label(config.model_name)
-    hparams_path = Path(config.hparams_dir) / config.alg_name / (config.hparams_fname or f"{label}.json")
-    hparams = load_hparams(hparams_path, method.hparams_class)
+    alpha = alpha_of(config)
+    hparams = load_hparams(hparams_path(config), method.hparams_class)
     method.rules(hparams, config.beta_hse, alpha)  # bad ratios are reported before anything is loaded
     records = load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
     batches = [records[i : i + config.num_edits] for i in range(0, len(records), config.num_edits)]
     ends = _ends(batches)
     saved = saved_at(config.checkpoints, ends)
-    folder = run_folder(
-        config.output_dir, config.alg_name, label, config.ds_name, config.num_edits, config.beta_hse, alpha
-    )
-    _check_folder(folder, config)
+    folder = folder_of(config)
+    previous = processes.on_main(lambda: _open_folder(folder, config))
 
     torch.manual_seed(config.seed)
-    model, tokenizer = load_model(config.model_name, config.device, config.dtype, config.device_map)
+    model, tokenizer = load_model(config.model_name, processes.device, config.dtype, config.device_map)
     log.info(
         "%s on %d records in %d batches of %d.", method.name, len(records), len(batches), config.num_edits
     )
-    previous = read_config(folder) if config.continue_from_run else {}
     editor = Editor(
         model,
         tokenizer,
@@ -131,66 +175,123 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         beta_hse=config.beta_hse,
         alpha=alpha,
         seed=config.seed,
-        model_label=label,
+        model_label=model_label(config.model_name),
         stats_dir=config.stats_dir,
+        cache_dir=config.cache_dir if config.use_cache else None,
         batch_tokens=config.batch_tokens,
         conserve_memory=config.conserve_memory,
         given_templates=previous.get("templates"),
+        progress=processes.main,
+        processes=processes,
     )
-    decided = {
+    decided = _decided(config, alpha, hparams.to_dict(), records, editor.workspace)
+    _begin_or_continue(folder, decided, previous, editor, _describe(config, command))
+    monitor = monitor_of(editor, folder, config.log_energy_every)
+    board = (
+        Board(folder / TENSORBOARD_FOLDER, editor.n_edits) if config.tensorboard and processes.main else None
+    )
+    reports = _edit(editor, batches, folder, saved, monitor, board)
+    return Run(folder, model, tokenizer, editor, records, reports)
+
+
+def _decided(
+    config: RunConfig,
+    alpha: float,
+    hparams: dict[str, Any],
+    records: Sequence[Record],
+    workspace: Workspace,
+) -> dict[str, Any]:
+    """What must stay the same when a run is continued."""
+    return {
         "alg_name": config.alg_name,
-        "hparams": hparams.to_dict(),
+        "hparams": hparams,
         "ds_name": config.ds_name,
         "case_ids": [r.case_id for r in records],
         "num_edits": config.num_edits,
         "beta_hse": config.beta_hse,
         "alpha": alpha,
         "seed": config.seed,
-        "model": fingerprint(model),
-        "model_dtype": str(model.dtype),
+        "model": workspace.fingerprint.now(),
+        "model_dtype": str(workspace.model.dtype),
     }
-    if previous:
-        _check_same(previous, decided, folder)
-    else:
-        _clear(folder)
-        description = _describe(config, command) | decided | {"templates": editor.workspace.templates}
-        write_config(folder, description)
-        write_checkpoint(folder, 0, editor.weights.stored())
-    reports = _edit(editor, batches, folder, saved, resume=bool(previous))
-    return Run(folder, model, tokenizer, editor, records, reports)
+
+
+def _begin_or_continue(
+    folder: Path,
+    decided: dict[str, Any],
+    previous: dict[str, Any],
+    editor: Editor,
+    description: dict[str, Any],
+) -> None:
+    """Write what a new run starts with, or take up the resume point of the one that is there."""
+    if not previous:
+        more = {"templates": editor.workspace.templates, "transposed": editor.weights.transposed}
+
+        def begin() -> None:
+            _clear(folder)
+            write_checkpoint(folder, 0, editor.weights.stored())
+            write_config(folder, description | decided | more)  # last: with it go the original weights
+
+        editor.workspace.processes.on_main(begin)
+        return
+    _check_same(previous, decided, folder)
+    if point := read_resume(folder):
+        editor.load_state(*point)
+        log.info("Continuing %s after %d edits.", folder, editor.n_edits)
+
+
+def monitor_of(editor: Editor, folder: Path, every: int) -> Monitor:
+    """A monitor whose reference is the unedited weights as the run has saved them, whatever was edited since."""
+    original = read_weights(list_checkpoints(folder)[0].path)
+    return Monitor({name: editor.weights.canonical(name, w) for name, w in original.items()}, every)
 
 
 def _edit(
-    editor: Editor, batches: Sequence[Sequence[Record]], folder: Path, saved: set[int], resume: bool
+    editor: Editor,
+    batches: Sequence[Sequence[Record]],
+    folder: Path,
+    saved: set[int],
+    monitor: Monitor,
+    board: Board | None,
 ) -> list[BatchReport]:
     """The batches that are not yet done; after each one the log, the checkpoint and the resume point are written."""
-    ends = _ends(batches)
-    done = 0
-    if resume and (point := read_resume(folder)):
-        editor.load_state(*point)
-        done = ends.index(editor.n_edits) + 1 if editor.n_edits else 0
-        log.info("Continuing %s after %d edits.", folder, editor.n_edits)
-    _truncate_log(folder, done)
+    ends, main = _ends(batches), editor.workspace.processes.main
+    done = ends.index(editor.n_edits) + 1 if editor.n_edits else 0
+    if main:
+        _truncate_log(folder, done)
     reports = []
-    bar = tqdm(total=ends[-1], initial=editor.n_edits, desc=editor.method.name, unit="edit")
+    bar = tqdm(total=ends[-1], initial=editor.n_edits, desc=editor.method.name, unit="edit", disable=not main)
     for index in range(done, len(batches)):
         try:
-            report = editor.edit([record.request for record in batches[index]])
+            measure = monitor.measure if monitor.due(index) else None
+            report = editor.edit([record.request for record in batches[index]], measure)
         except SphereError as error:
-            kept = (
-                f"the state after {editor.n_edits} edits is kept in {folder}"
-                if editor.n_edits
-                else "nothing is lost"
-            )
-            raise SphereError(f"Batch {index + 1} of {len(batches)}: {error} ({kept}.)") from error
+            if not main:
+                raise
+            where, reason = f"Batch {index + 1} of {len(batches)}", str(error).rstrip(".")
+            raise SphereError(f"{where}: {reason}; {_keep_last_state(editor, folder)}.") from error
         reports.append(report)
+        if not main:
+            continue
         if report.n_edits in saved:
             write_checkpoint(folder, report.n_edits, editor.final_weights())
         _log_batch(folder, index, report)
+        if board:
+            board.add(report.n_edits, report.seconds, report.layers)
         write_resume(folder, *editor.state())
         bar.update(report.n_edits - bar.n)
     bar.close()
+    if board:
+        board.close()
     return reports
+
+
+def _keep_last_state(editor: Editor, folder: Path) -> str:
+    """Save the weights before a broken batch, to be scored; their resume point is there. Says what was done."""
+    if not editor.n_edits:
+        return "no batch was written before it"
+    path = write_checkpoint(folder, editor.n_edits, editor.final_weights())
+    return f"the last good state, after {editor.n_edits} edits, is kept in {path}"
 
 
 def saved_at(checkpoints: str, ends: Sequence[int]) -> set[int]:
@@ -229,8 +330,8 @@ def _ends(batches: Sequence[Sequence[Record]]) -> list[int]:
     return ends
 
 
-def _check_folder(folder: Path, config: RunConfig) -> None:
-    """Never write over a run that the user did not give up."""
+def _open_folder(folder: Path, config: RunConfig) -> dict[str, Any]:
+    """The configuration of the run to continue, or {}; a run that the user did not give up is never written over."""
     exists = (folder / CONFIG_NAME).exists()
     if config.continue_from_run and not exists:
         raise SphereError(
@@ -241,6 +342,8 @@ def _check_folder(folder: Path, config: RunConfig) -> None:
             f"{folder} already holds a run: give --continue_from_run to go on with it, --overwrite to replace it, or "
             "another --output_dir."
         )
+    remove_leftovers(folder)
+    return read_config(folder) if config.continue_from_run else {}
 
 
 def _check_same(previous: dict[str, Any], decided: dict[str, Any], folder: Path) -> None:
@@ -256,7 +359,7 @@ def _check_same(previous: dict[str, Any], decided: dict[str, Any], folder: Path)
 def _describe(config: RunConfig, command: str | None) -> dict[str, Any]:
     return {
         **asdict(config),
-        "command": command or " ".join(sys.argv),
+        "command": command or command_of(asdict(config)),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -265,19 +368,33 @@ def _describe(config: RunConfig, command: str | None) -> dict[str, Any]:
     }
 
 
+def command_of(config: Mapping[str, Any]) -> str:
+    """The command that makes a run of this configuration (`run.json`, or a `RunConfig` as a dictionary) again."""
+    words = ["python", "-m", "experiments.evaluate"]
+    skipped = {"continue_from_run", "overwrite"}
+    values = dict(config)
+    if values.get("dataset_size_limit") is None and "case_ids" in values:
+        values["dataset_size_limit"] = len(values["case_ids"])  # the command's own default is no "all"
+    for field in fields(RunConfig):
+        value = values.get(field.name, field.default)
+        if field.name in skipped or value == field.default or value is None:
+            continue
+        words.append(f"--{field.name}" if value is True else f"--{field.name}={value}")
+    return shlex.join(words)
+
+
 def _clear(folder: Path) -> None:
     """Remove what an earlier run of the same name left, its scores included."""
     for pattern in LEFTOVERS:
         for path in folder.glob(pattern):
             path.unlink()
-    for name in ("summary", "rect_eval"):
+    for name in LEFTOVER_FOLDERS:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _log_batch(folder: Path, index: int, report: BatchReport) -> None:
     line = {"batch": index, **asdict(report)}
-    with (folder / LOG_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(folder / LOG_NAME, json.dumps(line))
 
 
 def _truncate_log(folder: Path, done: int) -> None:
