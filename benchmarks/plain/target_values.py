@@ -1,0 +1,161 @@
+"""Target values z the plain way: one request at a time, the whole model at every step, logits at all positions.
+
+The same mathematics as `sphere.target_values` (ROME, eq. 4; MEMIT, eq. 14), as the published code lays it out: the
+prompts of a request, right-padded, go through the full model with a hook that adds delta at the lookup positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from sphere.hparams import TargetHParams
+from sphere.requests import EditRequest
+from sphere.target_values import ESSENCE, LOSS_TOLERANCE, TargetValues
+from sphere.templates import BARE, fill, padding_id
+from sphere.tokenization import encode, encode_pair, subject_token
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The right-padded rows of one request: P prompts with the target, and "{subject} is a" as the last row.
+
+    Attributes:
+        ids: (P + 1 x length).
+        mask: (P + 1 x length), 1 at tokens.
+        labels: (P x length), the target's tokens at the positions that predict them, -100 elsewhere.
+        lookups: (P + 1,) position of the subject's last token.
+        bare: row of the prompt without a context.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    lookups: Tensor
+    bare: int
+
+
+def prompts_of(
+    tokenizer: PreTrainedTokenizerBase,
+    request: EditRequest,
+    templates: Sequence[Sequence[str]],
+    device: torch.device,
+) -> Prompts:
+    """Tokenise a request in every context template."""
+    flat = [template for group in templates for template in group]
+    rows, lookups, starts = [], [], []
+    for template in flat:
+        filled = fill(template, request)
+        ids, start = encode_pair(tokenizer, filled.text, request.target_new)
+        rows.append(ids)
+        starts.append(start)
+        lookups.append(subject_token(tokenizer, encode(tokenizer, filled.text), filled.subject_end, "a case"))
+    essence = encode(tokenizer, ESSENCE.format(request.subject))
+    lookups.append(subject_token(tokenizer, essence, len(request.subject), "a case"))
+    fed = [row[:-1] for row in rows] + [essence.ids]
+    length = max(map(len, fed))
+    ids = torch.full((len(fed), length), padding_id(tokenizer))
+    mask = torch.zeros_like(ids)
+    labels = torch.full((len(rows), length), -100)
+    for i, row in enumerate(fed):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        labels[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
+    tensors = [t.to(device) for t in (ids, mask, labels, torch.tensor(lookups))]
+    return Prompts(*tensors, bare=flat.index(BARE))
+
+
+def plain_target_values(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    templates: Sequence[Sequence[str]],
+    hparams: TargetHParams,
+) -> TargetValues:
+    """z (n x d) and what the optimisation did, request by request."""
+    device = model.get_input_embeddings().weight.device
+    found = [_one(model, prompts_of(tokenizer, request, templates, device), hparams) for request in requests]
+    delta, h0, losses, steps = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return TargetValues(h0 + delta, h0, losses, steps)
+
+
+def _one(model: nn.Module, prompts: Prompts, hparams: TargetHParams) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """delta (d,), h0 (d,), the last loss and the number of steps of one request."""
+    size = model.get_submodule(hparams.lm_head_module).weight.shape[1]
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    delta = torch.zeros(size, dtype=dtype, device=prompts.ids.device, requires_grad=True)
+    adam = torch.optim.Adam([delta], lr=hparams.v_lr)
+    h0, reference = torch.empty(0), torch.empty(0)
+    for step in range(hparams.v_num_grad_steps):
+        adam.zero_grad()
+        target_log_probs, next_token, unmodified = _forward(model, prompts, hparams, delta)
+        if step == 0:
+            h0, reference = unmodified.to(dtype), next_token.detach()
+        scored = prompts.labels != -100  # P x length
+        labels = prompts.labels.clamp(min=0)[..., None]
+        taken = target_log_probs.gather(2, labels)[..., 0] * scored  # P x length
+        nll = -(taken.sum(1) / scored.sum(1)).mean()
+        kl = (next_token.exp() * (next_token - reference)).sum()  # KL(now || first step)
+        loss = nll + hparams.kl_factor * kl + hparams.v_weight_decay * delta.norm() / h0.norm() ** 2
+        if loss < LOSS_TOLERANCE or step == hparams.v_num_grad_steps - 1:
+            break
+        loss.backward()
+        adam.step()
+        limit = hparams.clamp_norm_factor * h0.norm()
+        if delta.norm() > limit:
+            with torch.no_grad():
+                delta.mul_(limit / delta.norm())
+    return delta.detach(), h0, loss.detach(), torch.tensor(step + 1, device=h0.device)
+
+
+def _forward(
+    model: nn.Module, prompts: Prompts, hparams: TargetHParams, delta: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole model with delta (d,) added to layer z's output at the lookup positions.
+
+    Returns:
+        log-probabilities at `v_loss_layer`, (P x length x vocabulary);
+        next-token log-probabilities at the lookup position of "{subject} is a", (vocabulary,);
+        layer z's own output at the bare prompt's lookup position, (d,).
+    """
+    rows = torch.arange(len(prompts.ids), device=prompts.ids.device)
+    captured: dict[str, Tensor] = {}
+
+    def add_delta(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = output if isinstance(output, Tensor) else output[0]  # P + 1 x length x d
+        captured["h0"] = hidden[prompts.bare, prompts.lookups[prompts.bare]].detach().clone()
+        at_lookup = hidden[rows, prompts.lookups].to(delta.dtype) + delta
+        changed = hidden.index_put((rows, prompts.lookups), at_lookup.to(hidden.dtype))
+        return changed if isinstance(output, Tensor) else (changed, *output[1:])
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        captured["loss"] = output if isinstance(output, Tensor) else output[0]
+
+    z_layer = model.get_submodule(hparams.layer_module_tmp.format(max(hparams.layers)))
+    loss_layer = model.get_submodule(hparams.layer_module_tmp.format(hparams.v_loss_layer))
+    handles = [z_layer.register_forward_hook(add_delta), loss_layer.register_forward_hook(keep)]
+    try:
+        logits = model(input_ids=prompts.ids, attention_mask=prompts.mask, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    next_token = logits[-1, prompts.lookups[-1]].float().log_softmax(-1)
+    if not _is_last(model, hparams):
+        ln_f, head = model.get_submodule(hparams.ln_f_module), model.get_submodule(hparams.lm_head_module)
+        logits = head(ln_f(captured["loss"]))
+    return logits[:-1].float().log_softmax(-1), next_token, captured["h0"]
+
+
+def _is_last(model: nn.Module, hparams: TargetHParams) -> bool:
+    """Whether no layer follows `v_loss_layer`: then its logits are the model's."""
+    try:
+        model.get_submodule(hparams.layer_module_tmp.format(hparams.v_loss_layer + 1))
+    except AttributeError:
+        return True
+    return False
