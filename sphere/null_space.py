@@ -13,12 +13,15 @@ from sphere.errors import SphereError
 log = logging.getLogger(__name__)
 
 
+PIECE = 1024  # columns of a basis that are widened at a time
+
+
 @dataclass(frozen=True)
 class Projector:
     """P = N N^T on a subspace, kept as the thinner of N and its orthogonal complement Q (P = I - Q Q^T).
 
     Attributes:
-        basis: (in x m) orthonormal columns of N, or of Q where `complement`.
+        basis: (in x m) orthonormal columns of N, or of Q where `complement`; float32, m <= in / 2.
         complement: whether `basis` spans what P removes.
         dim: dimension of the subspace that P keeps.
     """
@@ -29,9 +32,14 @@ class Projector:
 
     def apply(self, x: Tensor) -> Tensor:
         """P x for x (in x n), on x's device and in its precision."""
-        basis = self.basis.to(x.device).to(x.dtype)  # in this order: the narrower numbers travel
-        inside = basis @ (basis.T @ x)
-        return x - inside if self.complement else inside
+        result = x.clone() if self.complement else torch.zeros_like(x)
+        sign = -1 if self.complement else 1
+        for start in range(0, self.basis.shape[1], PIECE):
+            piece = (
+                self.basis[:, start : start + PIECE].to(x.device).to(x.dtype)
+            )  # the narrower numbers travel
+            result.addmm_(piece, piece.T @ x, alpha=sign)
+        return result
 
     def to(self, device: torch.device | str) -> Projector:
         """The same projector on another device."""
@@ -42,17 +50,14 @@ def null_space_projector(second_moment: Tensor, threshold: float) -> Projector:
     """Projector on the eigenvectors of E[k k^T] whose eigenvalues are below `threshold`.
 
     Args:
-        second_moment: (in x in), symmetric.
+        second_moment: (in x in), symmetric; it is decomposed in its own precision (at least float32).
         threshold: `nullspace_threshold`, in the units of the squared keys.
-
-    Returns:
-        The projector, in the precision of the second moment (at least float32).
 
     Raises:
         SphereError: no eigenvalue below the threshold: nothing could be edited.
     """
     moment = second_moment.to(torch.promote_types(second_moment.dtype, torch.float32))
-    values, vectors = torch.linalg.eigh((moment + moment.T) / 2)  # ascending
+    values, vectors = torch.linalg.eigh(moment)  # ascending; of the lower triangle
     dim = int((values < threshold).sum())
     size = len(values)
     if dim == 0:
@@ -66,4 +71,4 @@ def null_space_projector(second_moment: Tensor, threshold: float) -> Projector:
         )
     complement = dim > size // 2
     basis = vectors[:, dim:] if complement else vectors[:, :dim]
-    return Projector(basis.contiguous(), complement, dim)
+    return Projector(basis.float().contiguous(), complement, dim)

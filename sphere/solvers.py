@@ -2,16 +2,20 @@
 
 All of them write a batch's residual R (out x n) onto its keys K (in x n) as Delta = R X^T with
 
-    X = S A (A^T S A + c I)^-1 E,      A = [K_earlier, K],  E = the last n columns of the identity,
+    X = (c S^-1 + C + K K^T)^-1 K,      C = sum of K K^T over the earlier batches,
 
-which is (S^-1 c + A A^T)^-1 K by the push-through identity. S says which directions are cheap to change and c how much
-any change costs:
+where S says which directions are cheap to change and c how much any change costs:
 
-    AlphaEdit   S = P (null-space projector), c = L2
-    MEMIT       S = (lambda M)^-1,            c = 1
+    AlphaEdit   S = P (null-space projector), c = L2:    X = (P (C + K K^T) + L2 I)^-1 P K
+    MEMIT       S = (lambda M)^-1,            c = 1:     X = (lambda M + C + K K^T)^-1 K
 
-So the only matrices formed are (in x N) and (N x N), N the number of keys so far, in float64. The Cholesky factor of
-A^T S A + c I grows by a block per batch.
+An edit makes the directions of its keys dearer for those after it. With T = (S^-1 + C / c)^-1, by Woodbury's identity,
+
+    T = S at first,    Y = T K,    G = K^T Y + c I,    X = Y G^-1,    T <- T - Y G^-1 Y^T
+
+(recursive least squares: X is the gain, T the covariance). As long as there are fewer keys than `in`, T is kept as
+S - Z Z^T with a column of Z (in x N) per key; beyond that as a matrix, which is then the smaller of the two and costs
+the same however many keys follow. In float64; a batch costs O(in (N + thickness of S) n), and never an LU.
 """
 
 from __future__ import annotations
@@ -23,14 +27,15 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 
-RESIDUAL_TOLERANCE = 1e-6
+RESIDUAL_TOLERANCE = 1e-5
+PIECE = 256  # columns that are worth a matrix of their own
 
 
 class SequentialSolve:
     """X of the equation above for one batch after the other.
 
     Args:
-        spread: K (in x n) -> S K (in x n), S symmetric positive semi-definite.
+        spread: K (in x n) -> S K (in x n) in float64, S symmetric positive semi-definite.
         damping: c > 0.
         what: names the layer in errors.
     """
@@ -41,16 +46,16 @@ class SequentialSolve:
         self.spread, self.damping, self.what = spread, damping, what
         # Earlier keys, (in x n_i) float32 each, on the CPU: all of the state that is saved.
         self.blocks: list[Tensor] = []
-        self._keys: Tensor | None = None  # A (in x N) float64
-        self._spread_keys: Tensor | None = None  # S A (in x N)
-        self._factor: Tensor | None = None  # lower Cholesky factor of A^T S A + c I (N x N)
-        # What the last solve extended to.
-        self._pending: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._taken: list[Tensor] = []  # Z (in x N) in pieces of columns, as long as T = S - Z Z^T
+        self._t: Tensor | None = None  # T (in x in) after that
+        self._solved: tuple[Tensor, Tensor, Tensor] | None = (
+            None  # K, Y and G's Cholesky factor of the last solve
+        )
 
     @property
     def n_keys(self) -> int:
         """Number of earlier keys."""
-        return 0 if self._keys is None else self._keys.shape[1]
+        return sum(block.shape[1] for block in self.blocks)
 
     def solve(self, keys: Tensor) -> Tensor:
         """X (in x n) for a batch's keys K (in x n), given the earlier ones; float64.
@@ -58,73 +63,104 @@ class SequentialSolve:
         Raises:
             SphereError: keys that are not finite, or a system that is not positive definite.
         """
-        keys = keys.double().contiguous()  # one layout, before and after a resume: the same bits
-        a, sa, factor = extended = self._extended(keys)
-        self._pending = (keys, extended)
-        n = keys.shape[1]
-        unit = torch.zeros(a.shape[1], n, dtype=torch.float64, device=keys.device)
-        unit[-n:] = torch.eye(n, dtype=torch.float64, device=keys.device)
-        coefficients = torch.cholesky_solve(unit, factor)  # N x n
-        x = sa @ coefficients
-        residual = a.T @ x + self.damping * coefficients - unit  # the guard on accumulated rounding
-        if residual.norm() > RESIDUAL_TOLERANCE * unit.norm():
+        self._solved = keys, y, factor = self._gain(keys.double().contiguous())
+        x = torch.cholesky_solve(y.T, factor).T
+        if (error := self._error(keys, x)) > RESIDUAL_TOLERANCE:
             raise SphereError(
-                f"The solve of {self.what} is off by {residual.norm().item():.1e}: its keys are badly scaled; raise L2 "
-                "or mom2_update_weight."
+                f"The solve of {self.what} is off by {error:.1e}: its keys are badly scaled; raise L2 or "
+                "mom2_update_weight."
             )
         return x
 
     def append(self, keys: Tensor) -> None:
         """Keep a batch's keys K (in x n) as earlier ones."""
         kept = keys.float().contiguous()
-        solved = self._pending is not None and torch.equal(self._pending[0], kept.double())
-        extended = self._pending[1] if solved and self._pending else self._extended(kept.double())
-        self._keys, self._spread_keys, self._factor = extended
-        self._pending = None
+        solved, self._solved = self._solved, None
+        if solved is None or not torch.equal(solved[0], kept.double()):
+            solved = self._gain(kept.double())
+        _, y, factor = solved
+        z = torch.linalg.solve_triangular(factor, y.T, upper=False).T  # Z Z^T = Y G^-1 Y^T
         self.blocks.append(kept.cpu())
+        if self._t is not None:
+            self._t.addmm_(z, z.T, alpha=-1)
+            return
+        if self._taken and self._taken[-1].shape[1] < PIECE:
+            self._taken[-1] = torch.cat([self._taken[-1], z], dim=1)
+        else:
+            self._taken.append(z.contiguous())
+        if self.n_keys > len(z):
+            self._t = self._as_matrix(z)
+            self._taken = []
 
     def truncate(self, n_blocks: int) -> None:
         """Forget all but the first `n_blocks` batches: exactly the state of then."""
-        self.blocks = self.blocks[:n_blocks]
-        self._pending = None
-        n = sum(block.shape[1] for block in self.blocks)
-        if not n or self._keys is None or self._spread_keys is None or self._factor is None:
-            self._keys = self._spread_keys = self._factor = None
-        elif n < self._keys.shape[1]:  # earlier columns and rows are untouched by later ones
-            self._keys = self._keys[:, :n].contiguous()
-            self._spread_keys = self._spread_keys[:, :n].contiguous()
-            self._factor = self._factor[:n, :n].contiguous()
+        self._solved = None
+        if n_blocks >= len(self.blocks):
+            return
+        kept, self.blocks = self.blocks[:n_blocks], self.blocks[:n_blocks]
+        if self._t is not None:
+            device, self._t, self.blocks = self._t.device, None, []
+            self.load(kept, device)
+            return
+        pieces, self._taken = self._taken, []
+        left = self.n_keys
+        for piece in pieces:  # earlier columns are untouched by later ones
+            if left > 0:
+                self._taken.append(piece[:, :left].contiguous())
+            left -= piece.shape[1]
 
     def load(self, blocks: list[Tensor], device: torch.device) -> None:
         """Rebuild the state from saved blocks, by the very operations that built it, on the keys' device."""
         for block in blocks:
             self.append(block.to(device))
 
-    def _extended(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A, S A and the Cholesky factor with these keys (in x n, float64) added."""
+    def _gain(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """K, Y = T K (in x n), and the Cholesky factor of G = K^T Y + c I (n x n)."""
         if not torch.isfinite(keys).all():
             raise SphereError(f"The keys of {self.what} are not finite: the weights below it may be broken.")
-        spread = self.spread(keys)
-        corner = keys.T @ spread
-        corner = (corner + corner.T) / 2 + self.damping * torch.eye(
-            keys.shape[1], dtype=keys.dtype, device=keys.device
-        )
-        if self._keys is None or self._spread_keys is None or self._factor is None:
-            return keys, spread, self._cholesky(corner)
-        side = self._keys.T @ spread  # N x n
-        below = torch.linalg.solve_triangular(self._factor, side, upper=False).T  # n x N
-        last = self._cholesky(corner - below @ below.T)
-        top = torch.cat([self._factor, torch.zeros_like(side)], dim=1)
-        factor = torch.cat([top, torch.cat([below, last], dim=1)])
-        return torch.cat([self._keys, keys], dim=1), torch.cat([self._spread_keys, spread], dim=1), factor
-
-    def _cholesky(self, matrix: Tensor) -> Tensor:
-        factor, info = torch.linalg.cholesky_ex(matrix)
+        if self._t is not None:
+            y = self._t @ keys
+        else:
+            y = self.spread(keys)
+            for piece in self._taken:
+                y = y.addmm(piece, piece.T @ keys, alpha=-1)
+        g = keys.T @ y
+        g = (g + g.T) / 2
+        g.diagonal().add_(self.damping)
+        factor, info = torch.linalg.cholesky_ex(g)
         if int(info):
             raise SphereError(
                 f"The system of {self.what} is not positive definite: raise L2 or mom2_update_weight."
             )
-        return factor
+        return keys, y, factor
+
+    def _as_matrix(self, like: Tensor) -> Tensor:
+        """T = S - Z Z^T (in x in)."""
+        size = len(like)
+        t = torch.empty(size, size, dtype=like.dtype, device=like.device)
+        for start in range(0, size, PIECE):
+            unit = torch.zeros(size, min(PIECE, size - start), dtype=like.dtype, device=like.device)
+            unit[start : start + PIECE] = torch.eye(unit.shape[1], dtype=like.dtype, device=like.device)
+            t[:, start : start + PIECE] = self.spread(unit)
+        for piece in self._taken:
+            t.addmm_(piece, piece.T, alpha=-1)
+        return t
+
+    def _error(self, keys: Tensor, x: Tensor) -> float:
+        """The guard on accumulated rounding: what X leaves over of its equation, from the keys themselves.
+
+        The equation is c X + S (C + K K^T) X = S K; a column's worth of it (both sides times (1, ..., 1)) is computed,
+        and the norm of what is left over is taken relative to the right side's.
+        """
+        xv = x.sum(dim=1, keepdim=True)  # in x 1
+        kv = keys.sum(dim=1, keepdim=True)
+        at_host, cost = xv.cpu(), keys @ (keys.T @ xv)  # (C + K K^T) X v
+        for block in self.blocks:
+            wide = block.double()
+            cost += (wide @ (wide.T @ at_host)).to(cost.device)
+        right, left = self.spread(torch.cat([kv, cost], dim=1)).split(1, dim=1)
+        scale = float(right.norm())
+        return float((right - left - self.damping * xv).norm()) / scale if scale else 0.0
 
 
 def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Callable[[Tensor], Tensor]:
@@ -139,18 +175,22 @@ def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Callable[
     Raises:
         SphereError: a second moment that is singular beyond rounding.
     """
-    moment = second_moment.double()
-    moment = weight * (moment + moment.T) / 2
-    factor, info = torch.linalg.cholesky_ex(moment)
+    moment = second_moment.to(torch.float64, copy=True)
+    factor, info = torch.linalg.cholesky_ex(moment)  # its lower triangle is what is read
     if int(info):  # rounding of a float32 second moment can push its smallest eigenvalues below zero
-        jitter = torch.finfo(torch.float32).eps * moment.diagonal().max()
-        factor, info = torch.linalg.cholesky_ex(moment + jitter * torch.eye(len(moment)).to(moment))
+        moment.diagonal().add_(torch.finfo(torch.float32).eps * moment.diagonal().max())
+        factor, info = torch.linalg.cholesky_ex(moment)
     if int(info) or not weight > 0:
         raise SphereError(
             f"The second moment of {what}, times mom2_update_weight {weight:g}, is not positive definite: use a larger "
             "mom2_n_samples (more tokens than in_features) and a positive mom2_update_weight."
         )
-    return lambda keys: torch.cholesky_solve(keys.to(factor.device), factor).to(keys.device)
+
+    def inverse(keys: Tensor) -> Tensor:  # not cholesky_solve: it copies the factor
+        half = torch.linalg.solve_triangular(factor, keys.to(factor.device), upper=False)
+        return (torch.linalg.solve_triangular(factor.T, half, upper=True) / weight).to(keys.device)
+
+    return inverse
 
 
 def save_keys(solves: Mapping[int, SequentialSolve]) -> dict[str, Tensor]:

@@ -1,0 +1,30 @@
+"""AlphaEdit's and MEMIT's solves by dense in x in matrices and a general LU, anew for each batch.
+
+Both return X (in x n), with which an update is Delta = R X^T.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def projector(second_moment: Tensor, threshold: float) -> Tensor:
+    """P (in x in): onto the eigenvectors of M (in x in) whose eigenvalues are below `threshold`."""
+    values, vectors = torch.linalg.eigh(second_moment)
+    null = vectors[:, values < threshold]
+    return null @ null.T
+
+
+def alphaedit(p: Tensor, keys: Tensor, cache: Tensor, ridge: float) -> Tensor:
+    """X = (P (C + K K^T) + L2 I)^-1 P K for K (in x n), C (in x in) the sum of K K^T over earlier batches."""
+    system = p @ (cache + keys @ keys.T) + ridge * torch.eye(len(p)).to(p)
+    return torch.linalg.solve(system, p @ keys)
+
+
+def memit(second_moment: Tensor, keys: Tensor, cache: Tensor | None, weight: float) -> Tensor:
+    """X = (lambda M + C + K K^T)^-1 K; C is None for MEMIT, which forgets earlier batches."""
+    system = weight * second_moment + keys @ keys.T
+    if cache is not None:
+        system = system + cache
+    return torch.linalg.solve(system, keys)
