@@ -12,7 +12,7 @@ from typing import Any
 from sphere.hparams import load_hparams
 from sphere.methods import Method, available_methods
 from sphere.models import DEFAULT_MODEL
-from sphere.run import RunConfig
+from sphere.run_config import RunConfig
 
 WIDTH = 110
 # Where modules are, and what has one value only: these say nothing of a method.

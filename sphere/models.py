@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 
@@ -38,7 +38,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     device_map: str | dict[str, Any] | None = None,
-) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model for editing: evaluation mode, no gradients on its parameters.
 
     Args:
@@ -59,7 +59,7 @@ def load_model(
     try:
         tokenizer_options = {k: v for k, v in options.items() if k == "gguf_file"}
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SphereError(
@@ -69,7 +69,7 @@ def load_model(
     if hasattr(model.config, "quantization_config"):  # dequantised already; save_pretrained would refuse
         del model.config.quantization_config
     if device_map is None:
-        model.to(target)
+        nn.Module.to(model, target)
     model.eval().requires_grad_(False)
     log.info("model %s: %s, %s on %s", name, type(model).__name__, model.dtype, device_map or target)
     return model, tokenizer

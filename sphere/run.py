@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import shlex
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,7 +25,6 @@ from sphere.checkpoints import (
     read_config,
     read_resume,
     read_weights,
-    run_folder,
     write_checkpoint,
     write_config,
     write_resume,
@@ -40,8 +36,9 @@ from sphere.errors import SphereError
 from sphere.files import append_line, atomic_path, remove_leftovers
 from sphere.hparams import load_hparams
 from sphere.methods import Workspace, get_method
-from sphere.models import DEFAULT_MODEL, load_model, model_label
+from sphere.models import load_model, model_label
 from sphere.monitor import Board, Monitor, check_tensorboard
+from sphere.run_config import RunConfig, alpha_of, describe, folder_of, hparams_path, saved_at
 
 log = logging.getLogger(__name__)
 
@@ -50,37 +47,6 @@ TENSORBOARD_FOLDER = "tensorboard"
 # The configuration goes first: without it nothing else counts as a run.
 LEFTOVERS = (CONFIG_NAME, "edit_*.safetensors", "edit_*.pth", LOG_NAME, RESUME_NAME, RESUME_PARTS)
 LEFTOVER_FOLDERS = ("summary", "rect_eval", "report", TENSORBOARD_FOLDER)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that a run is decided by and what it logs; the flags of `experiments.evaluate` by the same names."""
-
-    alg_name: str = "AlphaEdit"
-    model_name: str = DEFAULT_MODEL
-    hparams_fname: str | None = None
-    ds_name: str = "starter"
-    dataset_size_limit: int | None = 100
-    num_edits: int = 20
-    beta_hse: float = 0.5
-    alpha: float | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
-    data_dir: str = "data"
-    hparams_dir: str = "hparams"
-    stats_dir: str = "data/stats"
-    cache_dir: str = "data/cache"
-    output_dir: str = "Edited_Weight"
-    checkpoints: str = "ends"
-    log_energy_every: int = 1
-    tensorboard: bool = False
-    batch_tokens: int = 2048
-    conserve_memory: bool = False
-    use_cache: bool = False
-    continue_from_run: bool = False
-    overwrite: bool = False
 
 
 @dataclass
@@ -120,38 +86,11 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         return _execute(config, command, processes)
 
 
-def hparams_path(config: RunConfig) -> Path:
-    """The hyperparameter file of a run."""
-    file = config.hparams_fname or f"{model_label(config.model_name)}.json"
-    return Path(config.hparams_dir) / config.alg_name / file
-
-
-def folder_of(config: RunConfig) -> Path:
-    """Where a run lands."""
-    return run_folder(
-        config.output_dir,
-        config.alg_name,
-        model_label(config.model_name),
-        config.ds_name,
-        config.num_edits,
-        config.beta_hse,
-        alpha_of(config),
-    )
-
-
-def alpha_of(config: RunConfig) -> float:
-    """A run's suppression strength: its own, or its method's default."""
-    return get_method(config.alg_name).default_alpha if config.alpha is None else config.alpha
-
-
 def _execute(config: RunConfig, command: str | None, processes: Processes) -> Run:
+    config.check()
     method = get_method(config.alg_name)
     if config.tensorboard:
         check_tensorboard()
-    if config.num_edits < 1:
-        raise SphereError(
-            f"--num_edits is the size of a batch and must be at least 1, got {config.num_edits}."
-        )
     alpha = alpha_of(config)
     hparams = load_hparams(hparams_path(config), method.hparams_class)
     method.rules(hparams, config.beta_hse, alpha)  # bad ratios are reported before anything is loaded
@@ -184,8 +123,10 @@ def _execute(config: RunConfig, command: str | None, processes: Processes) -> Ru
         progress=processes.main,
         processes=processes,
     )
+    if not previous:
+        editor.method.prepare()  # what is wrong with it is said before an older run is removed
     decided = _decided(config, alpha, hparams.to_dict(), records, editor.workspace)
-    _begin_or_continue(folder, decided, previous, editor, _describe(config, command))
+    _begin_or_continue(folder, decided, previous, editor, describe(config, command))
     monitor = monitor_of(editor, folder, config.log_energy_every)
     board = (
         Board(folder / TENSORBOARD_FOLDER, editor.n_edits) if config.tensorboard and processes.main else None
@@ -260,30 +201,34 @@ def _edit(
     if main:
         _truncate_log(folder, done)
     reports = []
-    bar = tqdm(total=ends[-1], initial=editor.n_edits, desc=editor.method.name, unit="edit", disable=not main)
-    for index in range(done, len(batches)):
-        try:
-            measure = monitor.measure if monitor.due(index) else None
-            report = editor.edit([record.request for record in batches[index]], measure)
-        except SphereError as error:
-            if not main:
-                raise
-            where, reason = f"Batch {index + 1} of {len(batches)}", str(error).rstrip(".")
-            raise SphereError(f"{where}: {reason}; {_keep_last_state(editor, folder)}.") from error
-        reports.append(report)
-        if not main:
-            continue
-        if report.n_edits in saved:
-            write_checkpoint(folder, report.n_edits, editor.final_weights())
-        _log_batch(folder, index, report)
-        if board:
-            board.add(report.n_edits, report.seconds, report.layers)
-        write_resume(folder, *editor.state())
-        bar.update(report.n_edits - bar.n)
-    bar.close()
+    name = editor.method.name
+    with tqdm(total=ends[-1], initial=editor.n_edits, desc=name, unit="edit", disable=not main) as bar:
+        for index in range(done, len(batches)):
+            try:
+                measure = monitor.measure if monitor.due(index) else None
+                report = editor.edit([record.request for record in batches[index]], measure)
+            except SphereError as error:
+                if not main:
+                    raise
+                where, reason = f"Batch {index + 1} of {len(batches)}", str(error).rstrip(".")
+                raise SphereError(f"{where}: {reason}; {_keep_last_state(editor, folder)}.") from error
+            reports.append(report)
+            if main:
+                _save(editor, folder, index, report, report.n_edits in saved)
+            if board:
+                board.add(report.n_edits, report.seconds, report.layers)
+            bar.update(len(batches[index]))
     if board:
         board.close()
     return reports
+
+
+def _save(editor: Editor, folder: Path, index: int, report: BatchReport, checkpoint: bool) -> None:
+    """What a batch leaves on the disk; the resume point comes last: it vouches for the others."""
+    if checkpoint:
+        write_checkpoint(folder, report.n_edits, editor.final_weights())
+    _log_batch(folder, index, report)
+    write_resume(folder, *editor.state())
 
 
 def _keep_last_state(editor: Editor, folder: Path) -> str:
@@ -292,34 +237,6 @@ def _keep_last_state(editor: Editor, folder: Path) -> str:
         return "no batch was written before it"
     path = write_checkpoint(folder, editor.n_edits, editor.final_weights())
     return f"the last good state, after {editor.n_edits} edits, is kept in {path}"
-
-
-def saved_at(checkpoints: str, ends: Sequence[int]) -> set[int]:
-    """Numbers of edits at which weights are saved: "ends" (first and last batch), "all", or a list "100,300".
-
-    Args:
-        ends: number of edits after each batch.
-
-    Raises:
-        SphereError: something else, or a number at which no batch ends.
-    """
-    if checkpoints == "all":
-        return set(ends)
-    result = {ends[0], ends[-1]}
-    if checkpoints == "ends":
-        return result
-    try:
-        wanted = {int(part) for part in checkpoints.split(",")}
-    except ValueError:
-        raise SphereError(
-            f"--checkpoints is 'ends', 'all' or numbers of edits such as 100,300; got '{checkpoints}'."
-        ) from None
-    if strays := sorted(wanted - set(ends)):
-        raise SphereError(
-            f"--checkpoints names {strays}, but batches end at {', '.join(map(str, ends[:5]))}"
-            f"{', ...' if len(ends) > 5 else ''}: give multiples of --num_edits."
-        )
-    return result | wanted
 
 
 def _ends(batches: Sequence[Sequence[Record]]) -> list[int]:
@@ -354,33 +271,6 @@ def _check_same(previous: dict[str, Any], decided: dict[str, Any], folder: Path)
             f"The run in {folder} was begun with other settings ({', '.join(different)}): continue it with the same "
             "ones, or begin anew with --overwrite."
         )
-
-
-def _describe(config: RunConfig, command: str | None) -> dict[str, Any]:
-    return {
-        **asdict(config),
-        "command": command or command_of(asdict(config)),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def command_of(config: Mapping[str, Any]) -> str:
-    """The command that makes a run of this configuration (`run.json`, or a `RunConfig` as a dictionary) again."""
-    words = ["python", "-m", "experiments.evaluate"]
-    skipped = {"continue_from_run", "overwrite"}
-    values = dict(config)
-    if values.get("dataset_size_limit") is None and "case_ids" in values:
-        values["dataset_size_limit"] = len(values["case_ids"])  # the command's own default is no "all"
-    for field in fields(RunConfig):
-        value = values.get(field.name, field.default)
-        if field.name in skipped or value == field.default or value is None:
-            continue
-        words.append(f"--{field.name}" if value is True else f"--{field.name}={value}")
-    return shlex.join(words)
 
 
 def _clear(folder: Path) -> None:

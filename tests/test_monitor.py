@@ -33,7 +33,8 @@ from sphere.hypersphere import condition_number, energy_change, hyperspherical_e
 from sphere.methods import get_method
 from sphere.monitor import PLAIN_BETA, Monitor
 from sphere.projection import principal_directions
-from sphere.run import RunConfig, command_of, execute
+from sphere.run import execute
+from sphere.run_config import RunConfig, command_of
 
 TEMPLATES = (("{}",),)
 FIGURES = ("energy", "energy_change", "delta_norm", "rank", "principal_share_before", "principal_share_after")
