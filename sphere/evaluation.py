@@ -101,6 +101,7 @@ def evaluate_run(
         seed=seed,
         data_dir=data_dir,
         batch_tokens=batch_tokens,
+        processes=processes,
     )
     run = _Scoring(model, tokenizer, edited, folder, batch_tokens, generator, progress, processes)
     with processes.together(), weights.temporarily():

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from sphere.data import Record
+from sphere.distributed import Processes
 from sphere.layers import pad_left
 from sphere.packing import PackedScorer, Scored
 from sphere.reference_texts import load_references
@@ -179,6 +180,7 @@ class CaseGenerator:
         interval: every so-many-th case, beginning with the first; 0 or below: none.
         data_dir: where the published reference texts are.
         batch_tokens: of the forward passes that score essence texts.
+        processes: the main one reads or fetches the reference texts, all of them use the same ones.
 
     Attributes:
         notes: in words, which cases are generated and what they are compared with.
@@ -195,6 +197,7 @@ class CaseGenerator:
         seed: int = 0,
         data_dir: str | Path = "data",
         batch_tokens: int | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.notes: dict[str, str] = {}
@@ -204,7 +207,9 @@ class CaseGenerator:
         if asked:
             self.notes["generation"] = _which(interval, len(cases), len(asked), len(chosen))
         if chosen:
-            self.references = load_references(chosen, dataset, data_dir)
+            self.references = (processes or Processes()).on_main(
+                lambda: load_references(chosen, dataset, data_dir)
+            )
             self.notes |= self.references.notes
             self._words = WordTokenizer()
             self._scorer = PackedScorer(model, batch_tokens)
@@ -278,7 +283,7 @@ def _seed(seed: int, case_id: int, index: int) -> int:
 
 
 def _which(interval: int, n_cases: int, n_asked: int, n_chosen: int) -> str:
-    note = f"every {interval}. case in the order of editing, from the first: {n_chosen} of {n_cases}"
+    note = f"cases 0, {interval}, {2 * interval}, ... in the order of editing: {n_chosen} of {n_cases}"
     if n_chosen < n_asked:
         note += f" ({n_asked - n_chosen} more have no generation prompts: no text for them)"
     return note

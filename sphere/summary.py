@@ -203,6 +203,7 @@ COLUMNS: dict[str, dict[str, str]] = {
     },
 }
 WITH_INTERVAL = ("efficacy", "paraphrase", "neighborhood", "score")
+DECIMALS = {"fluency": 2}  # bits; the others need one
 
 
 def format_table(rows: Mapping[str, Any] | Sequence[Row], markdown: bool = False) -> str:
@@ -224,7 +225,10 @@ def table_lines(rows: Mapping[str, Any] | Sequence[Row]) -> list[list[str]]:
     }
     lines = [["weights", "edits", "cases", *columns]]
     for row in rows:
-        cells = [cell(row["metrics"].get(name), title in WITH_INTERVAL) for title, name in columns.items()]
+        cells = [
+            cell(row["metrics"].get(name), title in WITH_INTERVAL, DECIMALS.get(title, 1))
+            for title, name in columns.items()
+        ]
         lines.append([row["label"], str(row["n_edits"]), str(row["metrics"]["n_cases"]), *cells])
     return lines
 
@@ -234,13 +238,13 @@ def format_lines(lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
     return _markdown(lines) if markdown else _aligned(lines)
 
 
-def cell(entry: Mapping[str, Any] | None, interval: bool = True) -> str:
+def cell(entry: Mapping[str, Any] | None, interval: bool = True, decimals: int = 1) -> str:
     """A metric or score of `summarise` as text, with or without its interval; "-" for None."""
     if not entry:
         return "-"
     value = entry["value"] if "value" in entry else entry["mean"]
-    text = f"{value:.1f}"
-    return f"{text} [{entry['low']:.1f}, {entry['high']:.1f}]" if interval else text
+    text = f"{value:.{decimals}f}"
+    return f"{text} [{entry['low']:.{decimals}f}, {entry['high']:.{decimals}f}]" if interval else text
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

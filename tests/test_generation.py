@@ -23,6 +23,7 @@ import scripts.evaluate_each_epoch
 from sphere import evaluation, reference_texts
 from sphere.checkpoints import write_checkpoint, write_config
 from sphere.data import Record, load_records
+from sphere.distributed import Processes
 from sphere.errors import SphereError
 from sphere.evaluation import CaseFile, evaluate_run
 from sphere.generation import CaseGenerator, WordTokenizer, continue_prompts, ngram_entropy
@@ -428,7 +429,12 @@ def test_flags(flags, interval, monkeypatch, tmp_path):
         return {}
 
     run = SimpleNamespace(
-        editor=SimpleNamespace(revert=lambda: None), folder=tmp_path, model=0, tokenizer=0, records=[]
+        editor=SimpleNamespace(revert=lambda: None),
+        folder=tmp_path,
+        model=0,
+        tokenizer=0,
+        records=[],
+        processes=Processes(),
     )
     monkeypatch.setattr("sphere.evaluation.evaluate_run", evaluate_run)
     monkeypatch.setattr("sphere.summary.format_table", lambda summary: "")
