@@ -77,11 +77,12 @@ class LargestRelative:
             raise SphereError(f"The share of entries that RECT keeps must be in (0, 1], got {self.share}.")
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Figures]:
-        relative = (delta / (weight + 1e-8).to(delta)).abs()
-        keep = int(relative.numel() * self.share)
-        chosen = torch.zeros_like(relative, dtype=torch.bool).view(-1)
-        chosen[relative.reshape(-1).topk(keep, sorted=False).indices] = True
-        kept = torch.where(chosen.view_as(delta), delta, torch.zeros_like(delta))
+        relative = (delta / (weight + 1e-8).to(delta)).abs()  # out x in
+        drop = int((1 - self.share) * relative.numel())
+        kept = delta
+        if drop:  # zero what lies below the drop-th smallest; that one and its ties stay, as published
+            threshold = relative.reshape(-1).kthvalue(drop).values
+            kept = torch.where(relative >= threshold, delta, torch.zeros_like(delta))
         return kept, {"kept_norm_share": float(kept.norm() / delta.norm().clamp(min=1e-30))}
 
 

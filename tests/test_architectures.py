@@ -40,10 +40,11 @@ WORDS = (
     "alan turing ada lovelace kurt godel emmy noether french german english dutch london paris berlin rome football "
     "chess tennis golf mother tongue works at and with on very old new famous person who which was"
 ).split()  # fmt: skip
+# The subject stands last: in a random model little else reaches what comes next.
 REQUESTS = [
-    EditRequest(0, "{} speaks the language", "alan turing", "french", "english"),
-    EditRequest(1, "the sport that {} plays is", "ada lovelace", "chess", "golf"),
-    EditRequest(2, "{} lives in the city of", "emmy noether", "rome london", "berlin"),
+    EditRequest(0, "a very old language of {}", "alan turing", "french", "english"),
+    EditRequest(1, "the sport of {}", "ada lovelace", "chess", "golf"),
+    EditRequest(2, "the new city of {}", "emmy noether", "rome london", "berlin"),
 ]
 TEMPLATES = (("{}",),)  # the keys of random models have little in common from context to context
 SHAPE = {"vocab_size": 2 + len(WORDS), "initializer_range": 0.2}
@@ -99,9 +100,10 @@ def tiny_hparams(method: str, shipped: str, layers: list[int] | None = None) -> 
     small = {
         "layers": layers or ([1] if len(values["layers"]) == 1 else [0, 1]),
         "v_loss_layer": 2,
-        "v_num_grad_steps": 10,
+        "v_num_grad_steps": 20,
         "clamp_norm_factor": 4.0,
         "v_lr": 0.3,
+        "v_weight_decay": 1e-3,
         "mom2_update_weight": 1e-3,
         "nullspace_threshold": 1e9,
         "L2": 1e-3,
@@ -109,7 +111,7 @@ def tiny_hparams(method: str, shipped: str, layers: list[int] | None = None) -> 
         "lr": 1e-2,
         "norm_constraint": None,
         "rank": 4,
-        "edit_lr": 0.1,
+        "edit_lr": 0.03,
     }
     values = {k: v for k, v in values.items() if k in names}
     return hparams_from_dict(values | {k: v for k, v in small.items() if k in names}, kind)
@@ -161,9 +163,7 @@ def test_edit_raises_the_target_and_revert_restores(
     before = target_nll(editor.workspace)
     report = editor.edit(REQUESTS)
     after = target_nll(editor.workspace)
-    assert after.mean() < before.mean()
-    if method != "MEMIT_rect" and not beta_hse:  # RECT and SPHERE leave out a part of the update
-        assert (after < before).sum() >= 2
+    assert (after < before).all()
     edited = set(editor.weights.names)
     assert set(report.layers) == edited
     for name, parameter in model.named_parameters():
