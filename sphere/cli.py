@@ -163,10 +163,11 @@ def run_cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
 
 
 def _complain(sentence: str) -> int:
-    if (
-        os.environ.get("RANK", "0") == "0"
-    ):  # an error of one process is an error of all (`sphere.distributed`)
-        print(f"error: {sentence}", file=sys.stderr)
+    """Print an error as one line of its own. One process of several does: it is an error of all of them."""
+    for bar in list(getattr(tqdm, "_instances", ())):  # left open by the error
+        bar.close()
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     return EXIT_ERROR
 
 

@@ -10,6 +10,7 @@ import json
 import logging
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ H = TypeVar("H", bound="ModuleHParams")
 
 # Keys that other projects write for the reader and that decide nothing.
 INFORMATIONAL = ("model_name", "alg_name")
+MOM2_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,11 @@ class TargetHParams(ModuleHParams):
             raise SphereError(f"layer_selection must be 'all', got {self.layer_selection!r}.")
         if self.v_num_grad_steps < 1:
             raise SphereError(f"v_num_grad_steps must be at least 1, got {self.v_num_grad_steps}.")
+        if self.v_loss_layer < max(self.layers):
+            raise SphereError(
+                f"v_loss_layer {self.v_loss_layer} lies below the last edited layer {max(self.layers)}: raise it."
+            )
+        require(self, positive=("clamp_norm_factor", "v_lr"), not_negative=("v_weight_decay", "kl_factor"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +107,26 @@ class HParams(TargetHParams):
     mom2_dataset: str
     mom2_n_samples: int
     mom2_dtype: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, positive=("mom2_n_samples", "mom2_update_weight"))
+        if self.mom2_dtype not in MOM2_DTYPES:
+            raise SphereError(f"mom2_dtype must be one of {', '.join(MOM2_DTYPES)}, got {self.mom2_dtype!r}.")
+
+
+def require(hparams: Any, positive: Sequence[str] = (), not_negative: Sequence[str] = ()) -> None:
+    """Check numbers among the fields of hyperparameters.
+
+    Raises:
+        SphereError: one is out of its range, or NaN.
+    """
+    for key in positive:
+        if not getattr(hparams, key) > 0:
+            raise SphereError(f"{key} must be positive, got {getattr(hparams, key)}.")
+    for key in not_negative:
+        if not getattr(hparams, key) >= 0:
+            raise SphereError(f"{key} must not be negative, got {getattr(hparams, key)}.")
 
 
 def load_hparams(path: str | Path, kind: type[H]) -> H:

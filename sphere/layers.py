@@ -15,45 +15,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams
+from sphere.prefix_cache import FrozenPrefixCache
+
+# What a forward pass costs beside its tokens (starting kernels, reading weights), as a number of tokens.
+PASS_OVERHEAD = {"cpu": 16, "cuda": 256}
 
 
 class _Stop(Exception):
     """Leaves a forward pass as soon as all that was wanted from it is at hand."""
 
 
+@contextmanager
+def only_at(module: nn.Module | None, row: Tensor, position: Tensor) -> Iterator[None]:
+    """Within the block `module` computes (batch x positions x d) inputs at (row, position) only; elsewhere it gives 0.
+
+    For a module that treats positions alike and whose output matters only there, such as the top layer's MLP. Modules
+    that are called in any other way run as they are.
+
+    Args:
+        row, position: (n,) each.
+    """
+    if module is None:
+        yield
+        return
+
+    def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        shapes.append(args[0].shape if args and isinstance(args[0], Tensor) and args[0].ndim == 3 else None)
+        if shapes[-1] is None:
+            return None
+        return (args[0][row.to(args[0].device), position.to(args[0].device)][None], *args[1:])
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        shape, found = shapes.pop(), hidden_of(output)
+        if shape is None:
+            return None
+        whole = found.new_zeros(*shape[:2], found.shape[-1])
+        whole = whole.index_put((row.to(found.device), position.to(found.device)), found[0])
+        return whole if isinstance(output, Tensor) else type(output)([whole, *output[1:]])
+
+    shapes: list[torch.Size | None] = []
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def hidden_of(output: Any) -> Tensor:
     """The hidden state in a decoder layer's output, be it a tensor or a tuple."""
     return output if isinstance(output, Tensor) else output[0]
-
-
-class FrozenPrefixCache(DynamicCache):
-    """Attention keys and values of constant earlier positions; after `freeze`, new ones are seen but not kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frozen = False
-
-    def freeze(self) -> FrozenPrefixCache:
-        self.frozen = True
-        return self
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
-        if not self.frozen:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        prefix = self.layers[layer_idx]
-        return torch.cat([prefix.keys, key_states], dim=-2), torch.cat([prefix.values, value_states], dim=-2)
-
-    def select(self, rows: Tensor) -> FrozenPrefixCache:
-        """The cache of some rows of the batch."""
-        chosen = FrozenPrefixCache()
-        for index, layer in enumerate(self.layers):
-            at = rows.to(layer.keys.device)
-            chosen.update(layer.keys[at], layer.values[at], index)
-        return chosen.freeze()
 
 
 @dataclass
@@ -122,6 +136,12 @@ class LayerStack:
                 )
         self.ln_f = self._module("ln_f_module", hparams.ln_f_module)
         self.lm_head = self._module("lm_head_module", hparams.lm_head_module)
+        own_head = getattr(model, "get_output_embeddings", lambda: None)()
+        if own_head is not None and own_head is not self.lm_head:
+            raise SphereError(
+                f"'{hparams.lm_head_module}' is not the head of {type(model).__name__}: correct lm_head_module in the "
+                "hyperparameter file."
+            )
         self.rewrite = {
             layer: self._module("rewrite_module_tmp", hparams.rewrite_module_tmp.format(layer))
             for layer in hparams.layers
@@ -135,6 +155,11 @@ class LayerStack:
     def device(self) -> torch.device:
         """Where token ids go."""
         return self.model.get_input_embeddings().weight.device
+
+    @property
+    def pass_overhead(self) -> int:
+        """What a forward pass costs beside its tokens, as a number of tokens: see `packs`."""
+        return PASS_OVERHEAD.get(self.device.type, PASS_OVERHEAD["cuda"])
 
     @property
     def devices(self) -> dict[int, torch.device]:
@@ -182,8 +207,13 @@ class LayerStack:
         return Recording(entering[0], first, calls)
 
     def fill_cache(self, inputs: dict[str, Any]) -> FrozenPrefixCache:
-        """Attention keys and values of all layers for these inputs, frozen; no logits are computed."""
-        cache = FrozenPrefixCache()
+        """Attention keys and values of all layers for these inputs, frozen; no logits are computed.
+
+        Earlier positions may be given as `past_key_values`; they are part of what is returned.
+        """
+        cache = inputs.get("past_key_values")
+        cache = FrozenPrefixCache() if cache is None else cache
+        cache.frozen = False
 
         def after(_module: nn.Module, _args: Any, _output: Any) -> None:
             raise _Stop
@@ -208,6 +238,20 @@ class LayerStack:
             args, kwargs = recording.calls[layer]
             hidden = hidden_of(self.layers[layer](hidden, *args, **kwargs))
         return hidden
+
+    def run_at(
+        self, recording: Recording, hidden: Tensor, first: int, last: int, row: Tensor, position: Tensor
+    ) -> Tensor:
+        """As `run`, but only what leaves layer `last` at (row, position): (n x d).
+
+        Args:
+            row, position: (n,) each, no pair twice.
+        """
+        if last >= first:
+            hidden = self.run(recording, hidden, first, last - 1)
+            with only_at(self._mlp(last), row, position):
+                hidden = self.run(recording, hidden, last, last)
+        return hidden[row.to(hidden.device), position.to(hidden.device)]
 
     def module_input(self, recording: Recording, hidden: Tensor, layer: int) -> Tensor:
         """The input of the edited module of `layer`, for hidden states entering that layer.
@@ -252,6 +296,12 @@ class LayerStack:
                 hooks.callback(module.register_forward_pre_hook(before(layer)).remove)
             self._forward(inputs)
         return captured
+
+    def _mlp(self, layer: int) -> nn.Module | None:
+        """A layer's MLP, where the hyperparameters say which it is."""
+        with suppress(AttributeError):
+            return self.model.get_submodule(self.hparams.mlp_module_tmp.format(layer) or "?")
+        return None
 
     def _forward(self, inputs: dict[str, Any]) -> None:
         with suppress(_Stop):
@@ -303,13 +353,23 @@ def pad_right(rows: Sequence[Sequence[int]], width: int, value: int, device: tor
     return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
 
 
-def packs(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of rows in groups of similar length, each at most `budget` tokens when padded (never empty)."""
+def packs(lengths: Sequence[int], budget: int, overhead: int = PASS_OVERHEAD["cpu"]) -> list[list[int]]:
+    """Indices of rows in groups of similar length, each at most `budget` tokens when padded (never empty).
+
+    Of all ways to cut the rows, sorted by length, into such groups: one with the least padded tokens, a further group
+    counted as `overhead` tokens.
+    """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    least, begin = [0.0], [0]  # of the first `end` rows: the cost, and where their last group begins
+    for end, index in enumerate(order, start=1):
+        width = max(lengths[index], 1)
+        lowest = min(max(end - budget // width, 0), end - 1)
+        cost, start = min((least[i] + (end - i) * width, i) for i in range(lowest, end))
+        least.append(cost + overhead)
+        begin.append(start)
     groups: list[list[int]] = []
-    for index in order:
-        if groups and (len(groups[-1]) + 1) * lengths[index] <= budget:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-    return groups
+    end = len(order)
+    while end:
+        groups.append(order[begin[end] : end])
+        end = begin[end]
+    return groups[::-1]

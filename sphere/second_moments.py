@@ -100,8 +100,6 @@ class SecondMoments:
         progress: bool = True,
         fingerprint: Fingerprint | None = None,
     ) -> None:
-        if hparams.mom2_dtype not in DTYPES:
-            raise SphereError(f"mom2_dtype must be one of {', '.join(DTYPES)}, got '{hparams.mom2_dtype}'.")
         self.stack, self.tokenizer, self.hparams = stack, tokenizer, hparams
         self.folder, self.seed, self.batch_tokens = Path(folder), seed, batch_tokens
         self.keep_on_cpu, self.progress = keep_on_cpu, progress

@@ -12,7 +12,7 @@ import torch
 from baselines.mend.factors import rank_one_factors
 from baselines.mend.networks import MendEditor, Shape
 from sphere.errors import SphereError
-from sphere.hparams import ModuleHParams
+from sphere.hparams import ModuleHParams, require
 from sphere.methods.base import Method, Update, Workspace
 from sphere.methods.ft import TeacherForcing
 from sphere.requests import EditRequest
@@ -40,9 +40,7 @@ class MendHParams(ModuleHParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("rank", "edit_lr", "lr_scale"):
-            if not getattr(self, key) > 0:
-                raise SphereError(f"{key} must be positive, got {getattr(self, key)}.")
+        require(self, positive=("rank", "edit_lr", "lr_scale"))
 
 
 class MEND(Method):

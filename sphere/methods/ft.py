@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
-from sphere.hparams import ModuleHParams
+from sphere.hparams import ModuleHParams, require
 from sphere.layers import LayerStack, inference, pad_right
 from sphere.methods.base import Method, Update, Workspace
 from sphere.requests import EditRequest
@@ -50,9 +50,7 @@ class FTHParams(ModuleHParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("num_steps", "lr", "batch_size"):
-            if not getattr(self, key) > 0:
-                raise SphereError(f"{key} must be positive, got {getattr(self, key)}.")
+        require(self, positive=("num_steps", "lr", "batch_size"), not_negative=("weight_decay",))
         if self.norm_constraint is not None and not self.norm_constraint > 0:
             raise SphereError(f"norm_constraint must be positive or null, got {self.norm_constraint}.")
 
