@@ -1,0 +1,299 @@
+"""Read what runs have left on disk into one shape, and measure their checkpoints where the log has no figures.
+
+Knows files and their formats. Knows nothing of figures or pages. Models are not loaded: energies and cosines come
+from the weights that the checkpoints hold.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sphere.checkpoints import Checkpoint, list_checkpoints, read_config, read_weights
+from sphere.downstream.runner import FOLDER as DOWNSTREAM_FOLDER
+from sphere.downstream.runner import SUMMARY as DOWNSTREAM_SUMMARY
+from sphere.errors import SphereError
+from sphere.evaluation import FOLDER as SUMMARY_FOLDER
+from sphere.evaluation import SUMMARY_NAME
+from sphere.files import read_json
+from sphere.hypersphere import cosine_distribution, hyperspherical_energy
+from sphere.run import LOG_NAME
+
+BINS = 4000  # of a cosine histogram over [-1, 1]
+PUBLISHED_FOLDER = re.compile(r"(?P<ds>.+)_weight_data_batch_(?P<n>\d+)_(?P<beta>[\d.]+)_(?P<alpha>[\d.]+)")
+
+Histogram = dict[str, Any]
+
+
+@dataclass
+class RunData:
+    """One run.
+
+    Attributes:
+        config: `run.json`; for a run without one (published .pth files) what the folder's name says.
+        described: whether there is a `run.json`.
+        batches: lines of the editing log, in order.
+        summary: `summary/summary.json`, or None.
+        downstream: `rect_eval/summary.json`, or None.
+        label: how figures and tables call the run; distinct among the runs of a report.
+        energy_changes: number of edits -> weight name -> relative change of the energy against the unedited weight.
+        cosines: number of edits -> histogram of neuron cosines, all edited weights together; of the unedited and the
+            last checkpoint.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    described: bool
+    checkpoints: list[Checkpoint]
+    batches: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    downstream: dict[str, Any] | None
+    label: str = ""
+    energy_changes: dict[int, dict[str, float]] = field(default_factory=dict)
+    cosines: dict[int, Histogram] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        return str(self.config.get("alg_name", "unknown method"))
+
+    @property
+    def has_sphere(self) -> bool:
+        return bool(self.config.get("beta_hse"))
+
+    @property
+    def kind(self) -> str | None:
+        """Kind of the scored records ("counterfact", "zsre"), None where nothing is scored."""
+        return self.rows[0]["metrics"]["kind"] if self.rows else None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Scored states, the unedited model first; [] where nothing is scored."""
+        return self.summary["checkpoints"] if self.summary else []
+
+    @property
+    def scored(self) -> list[dict[str, Any]]:
+        """Rows of the scored checkpoints, without the unedited model's."""
+        return [row for row in self.rows if row["n_edits"]]
+
+    @property
+    def n_edits(self) -> int:
+        """Edits up to the last checkpoint."""
+        return self.checkpoints[-1].n_edits
+
+    @property
+    def model(self) -> str:
+        """The model's name without its folder."""
+        return str(self.config.get("model_name", "unknown model")).rstrip("/").rpartition("/")[2]
+
+
+def load_runs(folders: Sequence[str | Path]) -> list[RunData]:
+    """Runs with distinct labels; a folder given twice counts once.
+
+    Raises:
+        SphereError: a folder without checkpoints, or a file in it that is not what it should be.
+    """
+    runs = [
+        load_run(folder) for folder in {Path(folder).resolve(): Path(folder) for folder in folders}.values()
+    ]
+    for run, label in zip(runs, labels(runs), strict=True):
+        run.label = label
+    return runs
+
+
+def load_run(folder: Path) -> RunData:
+    """One run, without label and measurements."""
+    checkpoints = list_checkpoints(folder)
+    config = read_config(folder)
+    summary = _optional(folder / SUMMARY_FOLDER / SUMMARY_NAME, "summary of scores")
+    if summary is not None:
+        _check_summary(summary, folder)
+    downstream = _optional(folder / DOWNSTREAM_FOLDER / DOWNSTREAM_SUMMARY, "downstream summary")
+    if downstream is not None and not isinstance(downstream.get("checkpoints"), dict):
+        raise SphereError(_remake(folder / DOWNSTREAM_FOLDER, "downstream summary"))
+    return RunData(
+        folder,
+        config or _config_from_name(folder),
+        bool(config),
+        checkpoints,
+        read_log(folder / LOG_NAME),
+        summary,
+        downstream,
+    )
+
+
+def _optional(path: Path, what: str) -> dict[str, Any] | None:
+    content = read_json(path, what) if path.exists() else None
+    if content is not None and not isinstance(content, dict):
+        raise SphereError(_remake(path.parent, what))
+    return content
+
+
+def _check_summary(summary: Mapping[str, Any], folder: Path) -> None:
+    try:
+        good = all(
+            isinstance(row["n_edits"], int) and row["metrics"]["kind"] and "score" in row["metrics"]
+            for row in summary["checkpoints"]
+        )
+    except (KeyError, TypeError):
+        good = False
+    if not good or not summary["checkpoints"]:
+        raise SphereError(_remake(folder / SUMMARY_FOLDER, "summary of scores"))
+
+
+def _remake(folder: Path, what: str) -> str:
+    return (
+        f"The {what} in {folder} is not as scripts.evaluate_each_epoch writes it: remove it and score again."
+    )
+
+
+def _config_from_name(folder: Path) -> dict[str, Any]:
+    """What <alg>/<model>/<dataset>_weight_data_batch_<n>_<beta>_<alpha> says; nothing for another name."""
+    place = folder.resolve()
+    match = PUBLISHED_FOLDER.fullmatch(place.name)
+    if not match:
+        return {}
+    return {
+        "alg_name": place.parent.parent.name,
+        "model_name": place.parent.name,
+        "ds_name": match["ds"],
+        "num_edits": int(match["n"]),
+        "beta_hse": float(match["beta"]),
+        "alpha": float(match["alpha"]),
+    }
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The batches of an editing log, [] where there is none; a last line that a kill has cut is left out.
+
+    Raises:
+        SphereError: any other line that is no batch.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text("utf-8").split("\n")
+    batches = []
+    for number, line in enumerate(lines, 1):
+        try:
+            batch = json.loads(line)
+            batches.append({"n_edits": int(batch["n_edits"]), "layers": dict(batch["layers"]), **batch})
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise SphereError(
+                    f"Line {number} of {path} is no batch of an editing log: mend or remove it."
+                ) from error
+    return batches
+
+
+def labels(runs: Sequence[RunData]) -> list[str]:
+    """Method and SPHERE where that tells the runs apart; else also the settings in which they differ."""
+    plain = [run.method + (" + SPHERE" if run.has_sphere else "") for run in runs]
+    if len(set(plain)) == len(runs):
+        return plain
+    shown = {
+        "model_name": lambda run: run.model,
+        "ds_name": lambda run: run.config.get("ds_name", ""),
+        "num_edits": lambda run: f"batches of {run.config.get('num_edits', '?')}",
+        "beta_hse": lambda run: f"β {run.config['beta_hse']:g}" if run.has_sphere else "",
+        "alpha": lambda run: f"α {run.config['alpha']:g}" if run.has_sphere else "",
+        "seed": lambda run: f"seed {run.config.get('seed', '?')}",
+    }
+    differing = [show for key, show in shown.items() if len({repr(run.config.get(key)) for run in runs}) > 1]
+    full = [
+        ", ".join([name, *filter(None, (show(run) for show in differing))])
+        for name, run in zip(plain, runs, strict=True)
+    ]
+    if len(set(full)) == len(runs):
+        return full
+    return [f"{name} ({run.folder})" for name, run in zip(full, runs, strict=True)]
+
+
+# ---- measurements ----
+
+
+def measure(runs: Sequence[RunData], progress: bool = True) -> None:
+    """Fill in energy changes (logged, or of the checkpoints) and cosines (of the first and the last checkpoint)."""
+    cache: dict[tuple[Any, ...], Any] = {}  # runs of one model share their unedited weights
+    steps = [(run, checkpoint) for run in runs for checkpoint in run.checkpoints]
+    for run in runs:
+        run.energy_changes = logged_changes(run.batches)
+    bar = tqdm(steps, desc="measuring", unit="checkpoint", disable=not progress)
+    for run, checkpoint in bar:
+        has_original = run.checkpoints[0].n_edits == 0
+        ends = (run.checkpoints[0], run.checkpoints[-1]) if has_original else ()
+        lacking = has_original and checkpoint.n_edits not in run.energy_changes and checkpoint.n_edits
+        if not lacking and checkpoint not in ends:
+            continue
+        weights = _Weights(run, checkpoint, cache)
+        if lacking:
+            original = _Weights(run, run.checkpoints[0], cache).energies
+            energies = weights.energies
+            run.energy_changes[checkpoint.n_edits] = {
+                name: (energies[name] - energy) / abs(energy) for name, energy in original.items() if energy
+            }
+        if checkpoint in ends:
+            run.cosines[checkpoint.n_edits] = weights.cosines
+    for run in runs:
+        run.energy_changes = dict(sorted(run.energy_changes.items()))
+
+
+def logged_changes(batches: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Number of edits -> weight name -> relative change of the energy, of the batches that were measured."""
+    changes = {}
+    for batch in batches:
+        found = {n: f["energy_change"] for n, f in batch["layers"].items() if "energy_change" in f}
+        if found:
+            changes[batch["n_edits"]] = found
+    return changes
+
+
+class _Weights:
+    """Figures of one checkpoint's weights, each found when asked for and then kept in `cache`."""
+
+    def __init__(self, run: RunData, checkpoint: Checkpoint, cache: dict[tuple[Any, ...], Any]) -> None:
+        self.path = checkpoint.path
+        self.transposed = set(run.config.get("transposed", ()))
+        self.cache = cache
+        # The unedited layers of one model are the same, in whichever run's folder.
+        model, hparams = run.config.get("model"), run.config.get("hparams", {})
+        same = (model, str(hparams.get("layers")), hparams.get("rewrite_module_tmp"))
+        self.key = same if model and checkpoint.n_edits == 0 else (str(self.path.resolve()),)
+
+    @property
+    def energies(self) -> dict[str, float]:
+        return self._cached("energies", lambda ws: {n: hyperspherical_energy(w) for n, w in ws.items()})
+
+    @property
+    def cosines(self) -> Histogram:
+        return self._cached("cosines", lambda ws: pooled([cosine_distribution(w, BINS) for w in ws.values()]))
+
+    def _cached(self, what: str, make: Any) -> Any:
+        key = (what, *self.key)
+        if key not in self.cache:
+            self.cache[key] = make(self._neurons())
+        return self.cache[key]
+
+    def _neurons(self) -> dict[str, Tensor]:
+        """The weights as (out x in)."""
+        weights = read_weights(self.path)
+        return {name: w.T if name in self.transposed else w for name, w in weights.items()}
+
+
+def pooled(histograms: Sequence[Histogram]) -> Histogram:
+    """Several histograms over the same edges as one; mean and standard deviation over all pairs."""
+    pairs = sum(h["pairs"] for h in histograms)
+    mean = sum(h["pairs"] * h["mean"] for h in histograms) / pairs
+    square = sum(h["pairs"] * (h["std"] ** 2 + h["mean"] ** 2) for h in histograms) / pairs
+    return {
+        "edges": histograms[0]["edges"],
+        "counts": [sum(counts) for counts in zip(*(h["counts"] for h in histograms), strict=True)],
+        "mean": mean,
+        "std": max(square - mean**2, 0.0) ** 0.5,
+        "pairs": pairs,
+    }

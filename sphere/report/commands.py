@@ -1,0 +1,102 @@
+"""The commands that make a run and its parts again, and sentences on the parts that are not there.
+
+Knows `RunData` and the flags of the command lines.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from sphere.report.collect import RunData
+from sphere.report.figures import share_rows
+from sphere.run_config import RunConfig, command_of
+
+MODEL_FLAGS = ("model_name", "device", "dtype", "device_map")
+DEFAULTS = RunConfig()
+
+
+def edit_command(run: RunData) -> str | None:
+    """The command that edits again; None where the run's settings are not known."""
+    return command_of(run.config) if run.described else None
+
+
+def score_command(run: RunData) -> str:
+    """The command that scores the edits (again, with the settings it was scored with)."""
+    config, summary = run.config, run.summary or {}
+    limit = config.get("dataset_size_limit") or len(config.get("case_ids", ())) or None
+    flags = {
+        "ds_name": summary.get("dataset") or config.get("ds_name") or "DATASET",
+        "data_dir": config.get("data_dir"),
+        "dataset_size_limit": limit,
+        "generation_test_interval": summary.get("generation_interval") or None,
+        "seed": summary.get("seed") or None,
+    }
+    return _evaluate(run, flags)
+
+
+def downstream_command(run: RunData) -> str:
+    """The command that runs the downstream tasks (again)."""
+    flags = {
+        "data_dir": run.config.get("data_dir"),
+        "num_tests": (run.downstream or {}).get("num_tests"),
+    }
+    return _evaluate(run, flags)
+
+
+def _evaluate(run: RunData, flags: dict[str, object]) -> str:
+    model = {name: run.config.get(name) for name in MODEL_FLAGS}
+    defaults = {"data_dir": DEFAULTS.data_dir, **{name: getattr(DEFAULTS, name) for name in MODEL_FLAGS}}
+    words = ["python", "-m", "scripts.evaluate_each_epoch", f"--weight_folder={run.folder}"]
+    for name, value in (flags | model).items():
+        if value is not None and value != defaults.get(name):
+            words.append(f"--{name}={value}")
+    return shlex.join(words)
+
+
+def missing(runs: Sequence[RunData]) -> list[tuple[str, str | None]]:
+    """(sentence, command or None) for every part that a report could show of a run but that is not there."""
+    notes: list[tuple[str, str | None]] = []
+    for run in runs:
+        if run.summary is None:
+            notes.append(
+                (f"{run.label}: the edits are not scored yet. This command scores them:", score_command(run))
+            )
+        if run.downstream is None:
+            text = f"{run.label}: the downstream tasks have not been run. This command runs them:"
+            notes.append((text, downstream_command(run)))
+        if not run.batches:
+            notes.append((f"{run.label}: {_without_log(run)}", None))
+        elif not share_rows(run):
+            notes.append(
+                (
+                    f"{run.label}: the principal shares of its updates were not logged. {_AGAIN}",
+                    _log_command(run),
+                )
+            )
+        if run.checkpoints[0].n_edits:
+            text = "there is no edit_0, so that energies and cosines of the unedited weights are unknown."
+            notes.append((f"{run.label}: {text}", None))
+        if not run.described:
+            text = (
+                "there is no run.json: method and settings are read from the folder's name, and weights are taken to "
+                "be stored as (out x in)."
+            )
+            notes.append((f"{run.label}: {text}", None))
+    return notes
+
+
+_AGAIN = "This command edits again and logs them:"
+
+
+def _log_command(run: RunData) -> str | None:
+    return (
+        command_of({**run.config, "log_energy_every": DEFAULTS.log_energy_every}) if run.described else None
+    )
+
+
+def _without_log(run: RunData) -> str:
+    return (
+        "there is no editing log (batches.jsonl), which alone knows the principal shares of the updates; energies are "
+        "those of the checkpoints. Runs of experiments.evaluate write it."
+    )
