@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sphere.errors import SphereError
@@ -30,18 +31,26 @@ class Monitor:
         reference: name -> unedited weight (out x in).
         every: measure after every so-many-th batch; 0 or below: never.
         s: exponent of the hyperspherical energy.
+        device: where the reference energies are computed; by default where the reference is.
 
     Raises:
         SphereError: a reference without hyperspherical energy (fewer than two non-zero rows).
     """
 
-    def __init__(self, reference: Mapping[str, Tensor], every: int = 1, s: float = 1.0) -> None:
+    def __init__(
+        self,
+        reference: Mapping[str, Tensor],
+        every: int = 1,
+        s: float = 1.0,
+        device: torch.device | str | None = None,
+    ) -> None:
         self.every = every
         self.s = s
         self.reference_energy: dict[str, float] = {}
         if every > 0:
             self.reference_energy = {
-                name: hyperspherical_energy(weight, s) for name, weight in reference.items()
+                name: hyperspherical_energy(weight.to(device or weight.device), s)
+                for name, weight in reference.items()
             }
         for name, energy in self.reference_energy.items():
             if energy == 0:

@@ -183,8 +183,9 @@ def _begin_or_continue(
 
 def monitor_of(editor: Editor, folder: Path, every: int) -> Monitor:
     """A monitor whose reference is the unedited weights as the run has saved them, whatever was edited since."""
-    original = read_weights(list_checkpoints(folder)[0].path)
-    return Monitor({name: editor.weights.canonical(name, w) for name, w in original.items()}, every)
+    original = read_weights(list_checkpoints(folder)[0].path) if every > 0 else {}
+    reference = {name: editor.weights.canonical(name, weight) for name, weight in original.items()}
+    return Monitor(reference, every, device=editor.workspace.stack.device)
 
 
 def _edit(
