@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -153,6 +154,7 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module, changing: Iterable[str] = ()) -> None:
+        self._model = model
         self._parameters = dict(model.named_parameters())
         self._changing = set(changing)
         self._digests: dict[str, str] = {}
@@ -166,7 +168,10 @@ class Fingerprint:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def _digest(self, name: str) -> str:
-        parameter = self._parameters[name].detach()
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        with align_module_device(module):  # brings weights that a device_map has put on the disk
+            parameter = getattr(module, leaf).detach().cpu().contiguous()
         digest = hashlib.sha256(f"{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(parameter.view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
