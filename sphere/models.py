@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -155,23 +155,28 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module, changing: Iterable[str] = ()) -> None:
         self._model = model
-        self._parameters = dict(model.named_parameters())
+        self._names = [name for name, _ in model.named_parameters()]
         self._changing = set(changing)
         self._digests: dict[str, str] = {}
 
     def now(self) -> str:
         """SHA-256 over the weights as they stand."""
-        todo = [name for name in self._parameters if name not in self._digests or name in self._changing]
+        todo: dict[str, list[str]] = {}  # module -> names of its parameters
+        for name in self._names:
+            if name not in self._digests or name in self._changing:
+                todo.setdefault(name.rpartition(".")[0], []).append(name)
         with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
-            self._digests.update(zip(todo, pool.map(self._digest, todo), strict=True))
-        lines = (f"{name} {self._digests[name]}" for name in self._parameters)
+            for digests in pool.map(self._digest, todo, todo.values()):
+                self._digests |= digests
+        lines = (f"{name} {self._digests[name]}" for name in self._names)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def _digest(self, name: str) -> str:
-        path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
+    def _digest(self, path: str, names: Sequence[str]) -> dict[str, str]:
+        module, result = self._model.get_submodule(path), {}
         with align_module_device(module):  # brings weights that a device_map has put on the disk
-            parameter = getattr(module, leaf).detach().cpu().contiguous()
-        digest = hashlib.sha256(f"{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(parameter.view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+            for name in names:
+                parameter = getattr(module, name.rpartition(".")[2]).detach().cpu().contiguous()
+                digest = hashlib.sha256(f"{tuple(parameter.shape)}{parameter.dtype}".encode())
+                digest.update(parameter.view(-1).view(torch.uint8).numpy().data)
+                result[name] = digest.hexdigest()
+        return result
