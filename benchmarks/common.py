@@ -86,6 +86,7 @@ def compare(
     device: str | torch.device = "cpu",
     turns: int = 3,
     warm_plain: bool = True,
+    before: Callable[[], Any] = lambda: None,
     goal: float | None = None,
     note: str | Callable[[Measured], str] = "",
 ) -> Row:
@@ -95,17 +96,22 @@ def compare(
         plain: the plain way; called `turns` times, before that once for its memory unless `warm_plain` is false.
         fast: the fast way; called `turns` + 2 times. Both must do the same work whenever they are called.
         difference: (fast result, plain result) -> largest relative difference.
+        before: puts things back before each call, unmeasured; for a fast way that moves on.
         note: text, or a function of the fast way's measurements.
     """
     device = torch.device(device)
     ways = (plain, fast)
+    before()
     fast()
-    peaks: list[int | None] = [peak_of(plain, device) if warm_plain else None, peak_of(fast, device)]
+    peaks: list[int | None] = [peak_of(plain, device) if warm_plain else None]
+    before()
+    peaks.append(peak_of(fast, device))
     seconds: tuple[list[float], list[float]] = ([], [])
     results: list[Any] = [None, None]
     for _ in range(turns):
         for index, way in enumerate(ways):
             results[index] = None
+            before()
             taken, results[index] = time_of(way, device)
             seconds[index].append(taken)
     kept = [Measured(*parts) for parts in zip(seconds, peaks, results, strict=True)]

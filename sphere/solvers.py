@@ -63,9 +63,11 @@ class SequentialSolve:
         Raises:
             SphereError: keys that are not finite, or a system that is not positive definite.
         """
-        self._solved = keys, y, factor = self._gain(keys.double().contiguous())
+        keys = keys.double().contiguous()
+        spread, y, factor = self._gain(keys)
+        self._solved = keys, y, factor
         x = torch.cholesky_solve(y.T, factor).T
-        if (error := self._error(keys, x)) > RESIDUAL_TOLERANCE:
+        if (error := self._error(keys, spread, x)) > RESIDUAL_TOLERANCE:
             raise SphereError(
                 f"The solve of {self.what} is off by {error:.1e}: its keys are badly scaled; raise L2 or "
                 "mom2_update_weight."
@@ -76,9 +78,10 @@ class SequentialSolve:
         """Keep a batch's keys K (in x n) as earlier ones."""
         kept = keys.float().contiguous()
         solved, self._solved = self._solved, None
-        if solved is None or not torch.equal(solved[0], kept.double()):
-            solved = self._gain(kept.double())
-        _, y, factor = solved
+        if solved is not None and torch.equal(solved[0], kept.double()):
+            _, y, factor = solved
+        else:
+            _, y, factor = self._gain(kept.double())
         z = torch.linalg.solve_triangular(factor, y.T, upper=False).T  # Z Z^T = Y G^-1 Y^T
         self.blocks.append(kept.cpu())
         if self._t is not None:
@@ -114,14 +117,15 @@ class SequentialSolve:
         for block in blocks:
             self.append(block.to(device))
 
-    def _gain(self, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """K, Y = T K (in x n), and the Cholesky factor of G = K^T Y + c I (n x n)."""
+    def _gain(self, keys: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """S K where it is on the way, Y = T K (both in x n), and the Cholesky factor of G = K^T Y + c I (n x n)."""
         if not torch.isfinite(keys).all():
             raise SphereError(f"The keys of {self.what} are not finite: the weights below it may be broken.")
+        spread = None
         if self._t is not None:
             y = self._t @ keys
         else:
-            y = self.spread(keys)
+            y = spread = self.spread(keys)
             for piece in self._taken:
                 y = y.addmm(piece, piece.T @ keys, alpha=-1)
         g = keys.T @ y
@@ -132,7 +136,7 @@ class SequentialSolve:
             raise SphereError(
                 f"The system of {self.what} is not positive definite: raise L2 or mom2_update_weight."
             )
-        return keys, y, factor
+        return spread, y, factor
 
     def _as_matrix(self, like: Tensor) -> Tensor:
         """T = S - Z Z^T (in x in)."""
@@ -146,11 +150,11 @@ class SequentialSolve:
             t.addmm_(piece, piece.T, alpha=-1)
         return t
 
-    def _error(self, keys: Tensor, x: Tensor) -> float:
+    def _error(self, keys: Tensor, spread: Tensor | None, x: Tensor) -> float:
         """The guard on accumulated rounding: what X leaves over of its equation, from the keys themselves.
 
-        The equation is c X + S (C + K K^T) X = S K; a column's worth of it (both sides times (1, ..., 1)) is computed,
-        and the norm of what is left over is taken relative to the right side's.
+        The equation is S K = c X + S (C + K K^T) X. Both sides times (1, ..., 1) are compared as the keys see them
+        (times K^T; times one sum of keys where S K is not at hand), relative to the left side.
         """
         xv = x.sum(dim=1, keepdim=True)  # in x 1
         kv = keys.sum(dim=1, keepdim=True)
@@ -158,9 +162,10 @@ class SequentialSolve:
         for block in self.blocks:
             wide = block.double()
             cost += (wide @ (wide.T @ at_host)).to(cost.device)
-        right, left = self.spread(torch.cat([kv, cost], dim=1)).split(1, dim=1)
-        scale = float(right.norm())
-        return float((right - left - self.damping * xv).norm()) / scale if scale else 0.0
+        probe, spread = (keys, spread) if spread is not None else (kv, self.spread(kv))
+        left = float((spread.T @ kv).norm())
+        over = float((spread.T @ (kv - cost) - self.damping * (probe.T @ xv)).norm())
+        return over / left if left else 0.0
 
 
 def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Callable[[Tensor], Tensor]:
