@@ -1,0 +1,207 @@
+"""Sweeps: jobs in folders of their own, finished ones left alone, killed ones gone on with, all in one table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import TinyRun
+
+from experiments import sweep as command
+from sphere.errors import SphereError
+from sphere.run import execute
+from sphere.run_config import RunConfig
+from sphere.sweep import Job, collect, over_seeds, run_job
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def world(tmp_path, tiny_tokenizer) -> TinyRun:
+    return TinyRun(tmp_path, tiny_tokenizer, n_records=12)
+
+
+def overrides(world: TinyRun, **values: object) -> list[str]:
+    """Of `python -m experiments.sweep`."""
+    places = {k: v for k, v in world.places.items() if k != "cache_dir"}
+    given = {**places, "sweep_dir": world.folder / "sweep", "device": "cpu", "num_edits": 2, **values}
+    return [f"{key}={value}" for key, value in given.items()]
+
+
+def jobs(world: TinyRun) -> dict[str, dict]:
+    """Folder -> what became of each job so far."""
+    found = {}
+    for path in (world.folder / "sweep").rglob("job.json"):
+        found[str(path.parent.relative_to(world.folder / "sweep"))] = json.loads(path.read_text())
+    return found
+
+
+def test_a_killed_sweep_goes_on_and_ends_in_one_table(world):
+    """Four jobs, two at a time; killed while at least one is finished and one is not."""
+    pytest.importorskip(
+        "hydra_plugins.hydra_joblib_launcher", reason="hydra-joblib-launcher is not installed"
+    )
+    words = overrides(world, alg_name="AlphaEdit,MEMIT_seq", seed="0,1", checkpoints="all")
+    arguments = [sys.executable, "-m", "experiments.sweep", *words]
+    arguments += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (world.folder / "out.txt").open("w") as out:
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
+        statuses: list[str] = []
+        while "finished" not in statuses:
+            assert process.poll() is None, (world.folder / "out.txt").read_text()
+            time.sleep(0.01)
+            statuses = [job["status"] for job in jobs(world).values()]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    killed = jobs(world)
+    finished = {name for name, job in killed.items() if job["status"] == "finished"}
+    assert 1 <= len(finished) < 4
+    assert not (world.folder / "sweep" / "sweep.md").exists()
+
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    after = jobs(world)
+    assert len(after) == 4
+    assert all(job["status"] == "finished" for job in after.values())
+    assert {name: after[name] for name in finished} == {name: killed[name] for name in finished}
+    rows = json.loads((world.folder / "sweep" / "sweep.json").read_text())
+    assert [(row["alg_name"], row["seed"], row["n_edits"]) for row in rows] == [
+        ("AlphaEdit", 0, 12),
+        ("AlphaEdit", 1, 12),
+        ("MEMIT_seq", 0, 12),
+        ("MEMIT_seq", 1, 12),
+    ]
+    table = (world.folder / "sweep" / "sweep.md").read_text()
+    assert "| AlphaEdit alpha=0.5 seed=0 | 12 |" in table
+    assert "Mean over seeds" in table
+    assert "scripts.report --weight_folder" in done.stdout
+    # what was broken off ends where a run on its own ends
+    name = sorted(set(after) - finished)[0]
+    settings = {
+        k: v for k, v in after[name]["settings"].items() if k not in ("generation_interval", "hparams")
+    }
+    alone = execute(RunConfig(**settings | {"output_dir": str(world.folder / "alone")}))
+    resumed = load_file(world.folder / "sweep" / name / "edit_12.safetensors")
+    for key, weight in load_file(alone.folder / "edit_12.safetensors").items():
+        assert torch.allclose(resumed[key], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_job_that_fails_ends_itself_only(world, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep"])
+    world.write_hparams("MEMIT", layers=[1, 99])
+    words = overrides(world, alg_name="FT,MEMIT", beta_hse="0,0.5", dataset_size_limit=4)
+    with pytest.raises(SphereError, match="2 of 4 jobs are not finished"):
+        command.main(words)
+    rows = collect(world.folder / "sweep")
+    assert [(row["alg_name"], row["beta_hse"], row["status"]) for row in rows] == [
+        ("FT", 0.0, "finished"),
+        ("FT", 0.5, "finished"),
+        ("MEMIT", 0.0, "failed"),
+        ("MEMIT", 0.5, "failed"),
+    ]
+    assert "layer 99" in rows[2]["error"]
+    out = capsys.readouterr().out
+    assert "MEMIT beta_hse=0: failed." in out
+    with (world.folder / "sweep" / "sweep.csv").open() as file:
+        flat = list(csv.DictReader(file))
+    assert [line["n_edits"] for line in flat] == ["4", "4", "", ""]
+    assert float(flat[0]["efficacy_success_low"]) <= float(flat[0]["efficacy_success"])
+    # mended, only what had failed is run
+    world.write_hparams("MEMIT")
+    seconds = rows[0]["seconds"]
+    assert command.main(words) == 0
+    rows = collect(world.folder / "sweep")
+    assert [row["status"] for row in rows] == ["finished"] * 4
+    assert rows[0]["seconds"] == seconds
+
+
+def test_folders_tell_jobs_apart(world):
+    base = world.config("sweep", alg_name="FT")
+    other = {
+        "seed": 1,
+        "dataset_size_limit": 4,
+        "hparams_fname": "other.json",
+        "beta_hse": 0.25,
+        "alpha": 0.1,
+    }
+    other |= {"num_edits": 3, "alg_name": "ROME", "dtype": "float64"}
+    folders = {Job(base).folder} | {
+        Job(world.config("sweep", **{"alg_name": "FT", k: v})).folder for k, v in other.items()
+    }
+    assert len(folders) == 1 + len(other)
+    assert Job(base).folder.relative_to(world.folder).parts[:4] == ("sweep", "seed_0", "FT", "tiny")
+
+
+def test_changed_settings_are_run_again(world):
+    job = Job(world.config("sweep", alg_name="FT", dataset_size_limit=2))
+    first = run_job(job)
+    assert first["status"] == "finished"
+    assert run_job(job) == first
+    assert run_job(Job(world.config("sweep", alg_name="FT", dataset_size_limit=2, batch_tokens=64))) == first
+    again = run_job(Job(job.config, generation_interval=1))
+    assert again["status"] == "finished"
+    assert again["seconds"] > first["seconds"]
+    world.write_hparams("FT", lr=0.5)
+    changed = run_job(Job(job.config, generation_interval=1))
+    assert changed["status"] == "failed"
+    assert "begun with other settings (hparams)" in changed["error"]
+
+
+def test_jobs_take_turns_at_devices():
+    config = {"sweep_dir": "x", "generation_interval": 0, "devices": ["cuda:0", "cuda:1"], "device": "auto"}
+    assert [command.job_of(config, i).config.device for i in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert command.job_of(config | {"devices": []}, 1).config.device == "auto"
+
+
+def test_two_processes_are_not_at_one_run(world):
+    from filelock import FileLock
+
+    job = Job(world.config("sweep", alg_name="FT", dataset_size_limit=2))
+    job.folder.mkdir(parents=True)
+    with FileLock(job.folder / ".lock"):
+        result = run_job(job)
+    assert result["status"] == "busy"
+    assert "Another process is at the run" in result["error"]
+    assert not (job.folder / "job.json").exists()
+
+
+def test_means_over_seeds():
+    def row(seed: int, value: float | None, beta_hse: float = 0.5) -> dict:
+        metrics = {"kind": "zsre", "score": None if value is None else {"value": value}}
+        metrics["efficacy_accuracy"] = {"mean": 2.0 * seed}
+        rest = {"alg_name": "A", "model_name": "m", "ds_name": "d", "num_edits": 1, "alpha": 1.0}
+        rest |= {"dataset_size_limit": None, "hparams_fname": None, "dtype": "auto"}
+        return {**rest, "seed": seed, "beta_hse": beta_hse, "label": f"A seed={seed}", "metrics": metrics}
+
+    (mean,) = over_seeds([row(0, 1.0), row(1, 3.0), row(0, 5.0, beta_hse=0.0)])
+    assert (mean["label"], mean["n"]) == ("A", 2)
+    assert mean["metrics"]["score"] == pytest.approx((2.0, 2**0.5))
+    assert mean["metrics"]["efficacy_accuracy"] == pytest.approx((1.0, 2**0.5))
+    (mean,) = over_seeds([row(0, None), row(1, None)])
+    assert "score" not in mean["metrics"]
+
+
+def test_nothing_to_collect(tmp_path):
+    with pytest.raises(SphereError, match="No job has begun"):
+        collect(tmp_path)
+
+
+@pytest.mark.parametrize("word", ["num_edits=many", "nonsense=1"])
+def test_a_bad_setting_is_named(word, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["sweep"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main([f"sweep_dir={tmp_path}", word])
+    assert stopped.value.code == 1
+    assert word.split("=")[0] in capsys.readouterr().err
