@@ -10,10 +10,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -78,6 +80,22 @@ def _batches(token_ids: Iterable[Sequence[int]], budget: int) -> Iterator[list[S
     yield from flush()
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within the block no other process is at this folder; of the jobs of a sweep one computes, the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")  # goes with the process that holds it, however that ends
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("Another process is computing what belongs in %s: waiting for it.", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class SecondMoments:
     """The second moments of a model's edited layers, from disk where they are, else computed and saved.
 
@@ -140,6 +158,16 @@ class SecondMoments:
         return self.folder / f"{source}_{self.hparams.mom2_n_samples}_{digest}" / f"{module}.safetensors"
 
     def _load_or_compute(self) -> None:
+        missing = self._load()
+        if not missing:
+            return
+        log.info("Second moments of layers %s are not in %s: computing them.", missing, self.folder)
+        with _alone(self.path(missing[0]).parent):
+            if self._load():  # still: no other job has computed them meanwhile
+                self._compute()
+
+    def _load(self) -> list[int]:
+        """Take up what is on disk; the layers that are missing there."""
         missing = []
         for layer in self.hparams.layers:
             moment = self._kept.get(layer)
@@ -149,9 +177,7 @@ class SecondMoments:
                 missing.append(layer)
             else:
                 self._kept[layer] = moment
-        if missing:
-            log.info("Second moments of layers %s are not in %s: computing them.", missing, self.folder)
-            self._compute()
+        return missing
 
     def _read(self, path: Path) -> Tensor | None:
         if not path.exists():
