@@ -88,17 +88,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint without executing anything in it; tensors as the model stores them, on the CPU.
 
     Raises:
-        SphereError: missing, damaged, or not a checkpoint.
+        SphereError: missing, damaged, not a checkpoint, or with values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise SphereError(f"No checkpoint {path}: check --weight_folder.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        safetensors = path.suffix == ".safetensors"
+        content = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-        reason = str(error).splitlines()[0]
+        unsafe = str(error).startswith("Weights only load failed")
+        reason = "it holds more than tensors, which could run code" if unsafe else str(error).splitlines()[0]
         raise SphereError(
             f"Cannot read the checkpoint {path} safely ({reason}): write it again or remove it."
         ) from error
@@ -107,6 +107,11 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise SphereError(
             f'The checkpoint {path} does not hold {{"weight": {{name: tensor}}}}: not a file of this kind.'
         )
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise SphereError(
+                f"'{name}' in the checkpoint {path} is not finite: write it again or remove it."
+            )
     return weights
 
 

@@ -193,8 +193,9 @@ def _original_weights(model: Any, folder: Path) -> EditedWeights:
 
 
 def _load(weights: EditedWeights, checkpoint: Checkpoint) -> None:
+    saved = read_weights(checkpoint.path)
     try:
-        weights.restore(read_weights(checkpoint.path))
+        weights.restore(saved)
     except SphereError as error:
         raise SphereError(f"Checkpoint {checkpoint.path}: {error}") from error
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,13 +61,14 @@ def load_model(
     try:
         tokenizer_options = {k: v for k, v in options.items() if k == "gguf_file"}
         tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        model, report = _load(source, options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SphereError(
             f"Cannot load a causal language model from '{name}' ({reason}): give --model_name a folder with "
             f"config.json and weights, a hub id, or '{DEFAULT_MODEL}'."
         ) from error
+    _check_weights(model, name, report)
     if hasattr(model.config, "quantization_config"):  # dequantised already; save_pretrained would refuse
         del model.config.quantization_config
     if device_map is None:
@@ -74,6 +76,30 @@ def load_model(
     model.eval().requires_grad_(False)
     log.info("model %s: %s, %s on %s", name, type(model).__name__, model.dtype, device_map or target)
     return model, tokenizer
+
+
+def _load(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model, and what its weights files lacked or held in other shapes."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        source, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    return loaded
+
+
+def _check_weights(model: PreTrainedModel, name: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights that are made up where a file lacked them, and weights that are no numbers."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    if wrong := sorted({*report["missing_keys"], *mismatched}):
+        raise SphereError(
+            f"The weights of '{name}' do not fit its config.json: {len(wrong)} are missing or of another shape, the "
+            f"first is '{wrong[0]}'; get the model's files anew."
+        )
+    for key, weight in model.named_parameters():
+        if not weight.is_meta and not torch.isfinite(weight.sum(dtype=torch.float32)):
+            raise SphereError(
+                f"The weight '{key}' of '{name}' holds values that are not finite: get the model's files anew, or use "
+                "--dtype bfloat16 or float32."
+            )
 
 
 def resolve_device(device: str) -> torch.device:

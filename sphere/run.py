@@ -5,6 +5,7 @@ Knows files and the order of things; the editing itself is `sphere.editor`'s, sc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import shutil
@@ -148,6 +149,7 @@ def _decided(
         "hparams": hparams,
         "ds_name": config.ds_name,
         "case_ids": [r.case_id for r in records],
+        "requests": hashlib.sha256(repr([r.request for r in records]).encode()).hexdigest(),
         "num_edits": config.num_edits,
         "beta_hse": config.beta_hse,
         "alpha": alpha,
