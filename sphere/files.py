@@ -5,6 +5,7 @@ Knows about paths and bytes only, nothing of models or runs.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -82,10 +83,28 @@ def _is_io_error(error: Exception) -> bool:
 
 
 def _cannot_write(path: Path, error: Exception) -> SphereError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+    advice = "free some space" if full else "check the path and its permissions"
     return SphereError(
-        f"Cannot write {path}: {error}; free some space or choose another folder with --output_dir or --data_dir "
-        "(nothing was left half-written)."
+        f"Cannot write {path}: {error}; {advice} or choose another folder with --output_dir or --data_dir (nothing was "
+        "left half-written)."
     )
+
+
+def check_writable(folder: Path) -> None:
+    """Find out that a folder cannot be made or written to before hours of work go into its files.
+
+    Raises:
+        SphereError: it cannot.
+    """
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "it may not be written to" if there.is_dir() else "it is a file"
+        raise SphereError(
+            f"Cannot write into {folder}, because of {there} ({reason}): choose another folder with --output_dir."
+        )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -34,7 +34,7 @@ from sphere.data import Record, load_records
 from sphere.distributed import Processes, start
 from sphere.editor import BatchReport, Editor
 from sphere.errors import SphereError
-from sphere.files import append_line, atomic_path, remove_leftovers
+from sphere.files import append_line, atomic_path, check_writable, remove_leftovers
 from sphere.hparams import load_hparams
 from sphere.methods import Workspace, get_method
 from sphere.models import load_model, model_label
@@ -262,6 +262,7 @@ def _open_folder(folder: Path, config: RunConfig) -> dict[str, Any]:
             f"{folder} already holds a run: give --continue_from_run to go on with it, --overwrite to replace it, or "
             "another --output_dir."
         )
+    check_writable(folder)
     remove_leftovers(folder)
     return read_config(folder) if config.continue_from_run else {}
 
