@@ -216,19 +216,21 @@ def table_lines(rows: Mapping[str, Any] | Sequence[Row]) -> list[list[str]]:
 
     Args:
         rows: a summary as `sphere.evaluation.evaluate_run` returns it, or rows such as those of its "checkpoints":
-            {"label", "n_edits", "metrics": what `summarise` returns}.
+            {"label", "n_edits", "metrics": what `summarise` returns}, and optionally "extra": {title: text} of further
+            columns.
     """
     rows = list(rows["checkpoints"] if isinstance(rows, Mapping) else rows)
+    extra = list(dict.fromkeys(title for row in rows for title in row.get("extra", {})))
     kind = rows[0]["metrics"]["kind"]
     columns = {
         title: name for title, name in COLUMNS[kind].items() if any(row["metrics"].get(name) for row in rows)
     }
-    lines = [["weights", "edits", "cases", *columns]]
+    lines = [["weights", "edits", "cases", *columns, *extra]]
     for row in rows:
         cells = [
             cell(row["metrics"].get(name), title in WITH_INTERVAL, DECIMALS.get(title, 1))
             for title, name in columns.items()
-        ]
+        ] + [row.get("extra", {}).get(title, "-") for title in extra]
         lines.append([row["label"], str(row["n_edits"]), str(row["metrics"]["n_cases"]), *cells])
     return lines
 

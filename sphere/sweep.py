@@ -16,6 +16,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import shlex
 import statistics
 import time
@@ -26,13 +27,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sphere.checkpoints import CONFIG_NAME
+from sphere.checkpoints import CONFIG_NAME, list_checkpoints, read_weights
 from sphere.data import load_records
 from sphere.errors import SphereError
 from sphere.evaluation import FOLDER, SUMMARY_NAME, evaluate_run
 from sphere.files import atomic_path, read_json, write_json
 from sphere.models import model_label
-from sphere.run import execute
+from sphere.run import LOG_NAME, execute
 from sphere.run_config import RunConfig, alpha_of, folder_of, hparams_path
 from sphere.summary import COLUMNS, format_lines, format_table
 
@@ -53,7 +54,9 @@ OF_THE_MACHINE = (
     "cache_dir",
     "stats_dir",
 )
-# What a row says of its run, beside the scores.
+# What a row says of a finished job.
+MEASURED = ("n_edits", "metrics", "unedited", "change_norm", "seconds_per_edit")
+# What a row says of its run, beside that.
 SETTINGS = ("alg_name", "model_name", "ds_name", "num_edits", "beta_hse", "alpha", "seed")
 
 
@@ -170,8 +173,10 @@ def collect(sweep_dir: str | Path) -> list[dict[str, Any]]:
     """One row per job of a sweep, in the order of their settings; also written as sweep.json, sweep.csv and sweep.md.
 
     Returns:
-        Rows {"label", "folder", "status", "error", "seconds", the SETTINGS, "n_edits", "metrics"}; the last two are
-        those of the last checkpoint (`sphere.summary.summarise`), None where the job is not finished.
+        Rows {"label", "folder", "status", "error", "seconds", the SETTINGS, "n_edits", "metrics", "unedited",
+        "change_norm", "seconds_per_edit"}. The last five are None where the job is not finished: the scores of its last
+        checkpoint and of the unedited model on the same cases (`sphere.summary.summarise`), the Frobenius norm of the
+        change of all edited weights, and the editing time.
 
     Raises:
         SphereError: no job in that folder.
@@ -197,14 +202,23 @@ def _row(path: Path) -> dict[str, Any]:
         **{k: job[k] for k in ("status", "error", "seconds")},
         **{k: settings[k] for k in SETTINGS},
         **{k: settings[k] for k in UNNAMED},
-        "n_edits": None,
-        "metrics": None,
+        **dict.fromkeys(MEASURED),
     }
     summary = path.parent / FOLDER / SUMMARY_NAME
     if job["status"] == "finished" and summary.exists():
         last = read_json(summary, "summary")["checkpoints"][-1]
-        row |= {"n_edits": last["n_edits"], "metrics": last["metrics"]}
+        row |= {key: last[key] for key in ("n_edits", "metrics", "unedited")}
+        row["change_norm"] = change_norm(path.parent)
+        batches = (path.parent / LOG_NAME).read_text("utf-8").splitlines()
+        row["seconds_per_edit"] = sum(json.loads(line)["seconds"] for line in batches) / last["n_edits"]
     return row
+
+
+def change_norm(folder: Path) -> float:
+    """Frobenius norm of the change of all edited weights together, from the first to the last checkpoint of a run."""
+    checkpoints = list_checkpoints(folder)
+    before, after = read_weights(checkpoints[0].path), read_weights(checkpoints[-1].path)
+    return math.sqrt(sum(float((after[n].double() - w.double()).square().sum()) for n, w in before.items()))
 
 
 def _label(rows: Sequence[dict[str, Any]]) -> None:
@@ -217,8 +231,14 @@ def _label(rows: Sequence[dict[str, Any]]) -> None:
 
     keys = (*SETTINGS, *UNNAMED)
     differing = [key for key in keys if len({str(row[key]) for row in rows}) > 1 and key != "alg_name"]
+    with_and_without = len({row["beta_hse"] for row in rows}) == 2 and any(
+        not row["beta_hse"] for row in rows
+    )
+    if with_and_without:
+        differing.remove("beta_hse")
     for row in rows:
-        row["label"] = " ".join([row["alg_name"], *(word(key, row[key]) for key in differing)])
+        hook = ["+ SPHERE"] if with_and_without and row["beta_hse"] else []
+        row["label"] = " ".join([row["alg_name"], *hook, *(word(key, row[key]) for key in differing)])
 
 
 def format_sweep(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
@@ -227,7 +247,7 @@ def format_sweep(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> s
     finished = [row for row in rows if row["metrics"]]
     for kind in sorted({row["metrics"]["kind"] for row in finished}):
         same = [row for row in finished if row["metrics"]["kind"] == kind]
-        parts.append(format_table([dict(row) for row in same], markdown))
+        parts.append(format_table([*_unedited(same), *map(_shown, same)], markdown))
         if means := over_seeds(same):
             parts.append("Mean over seeds, ± standard deviation:\n\n" + _format_means(means, kind, markdown))
     open_ = [row for row in rows if not row["metrics"]]
@@ -236,6 +256,28 @@ def format_sweep(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> s
         "\n".join(f"{bullet}{row['label']}: {row['status']}. {row['error'] or ''}".rstrip() for row in open_)
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _unedited(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each unedited model and set of cases among the jobs."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row[k] for k in ("model_name", "ds_name", "dtype", "dataset_size_limit"))
+        found.setdefault(key, {"n_edits": 0, "metrics": row["unedited"], "name": [str(k) for k in key]})
+    for row in found.values():
+        differing = [
+            n
+            for n, *others in zip(row["name"], *(r["name"] for r in found.values()), strict=True)
+            if len(set(others)) > 1
+        ]
+        row["label"] = " ".join(["unedited", *differing])
+    return list(found.values())
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table: scores, size of the change and speed."""
+    extra = {"||change||": f"{row['change_norm']:.2f}", "s/edit": f"{row['seconds_per_edit']:.2f}"}
+    return {**row, "extra": extra}
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -282,7 +324,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Flat: one column per metric, with its interval."""
     flat = []
     for row in rows:
-        line = {k: v for k, v in row.items() if k != "metrics"}
+        line = {k: v for k, v in row.items() if k not in ("metrics", "unedited")}
         for name, entry in (row["metrics"] or {}).items():
             if isinstance(entry, Mapping):
                 line |= {name: _value(entry), f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
