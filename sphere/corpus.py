@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.templates import padding_id
@@ -49,7 +49,7 @@ def corpus_key(source: str, n_documents: int, seed: int, max_tokens: int) -> dic
 def documents(
     source: str,
     n_documents: int,
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
@@ -127,7 +127,7 @@ def _file_texts(path: Path) -> Iterator[str]:
 
 @torch.no_grad()
 def sample_documents(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     n_documents: int,
     n_tokens: int,

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sphere.requests import EditRequest
 
@@ -36,7 +37,7 @@ def fill(template: str, request: EditRequest) -> Filled:
 
 
 def generate_templates(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[tuple[str, ...], ...]:
     """Groups of templates: (("{}",), (five sampled ones,)); the same seed gives the same ones."""
     device = model.get_input_embeddings().weight.device
@@ -57,8 +58,8 @@ def generate_templates(
                 attention_mask=inputs["attention_mask"],
                 generation_config=config,
             )
-            text = tokenizer.decode(ids[0], skip_special_tokens=True).replace("{", " ").replace("}", " ")
-            templates.append(text + ". {}")
+            text = str(tokenizer.decode(ids[0], skip_special_tokens=True))
+            templates.append(text.replace("{", " ").replace("}", " ") + ". {}")
     log.info("Context templates: %s", templates)
     return (BARE,), tuple(templates)
 
