@@ -1,7 +1,9 @@
 """Keys k and layer outputs at the subject's last token, layer by layer while the layers below are being edited.
 
-The rows of a batch (every request in every context template, cut after the subject's last token) are run up to the
-first edited layer once; after an update is written they go on from there, so that nothing is computed twice.
+The sequences of a batch (every request in every context template, cut after the subject's last token) are laid out as
+prefix trees: what several of them begin with, such as a template or a relation's words, is run once. They go through
+the layers below the first edited one once; after an update is written they go on from there, so that nothing is
+computed twice.
 """
 
 from __future__ import annotations
@@ -12,13 +14,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from sphere.layers import LayerStack, Recording, packs, pad_left
+from sphere.layers import LayerStack
+from sphere.packing import ROW_TOKENS, Row, Scored, batches, model_inputs, one_per_row, pack
 from sphere.requests import EditRequest
-from sphere.templates import fill, padding_id
+from sphere.templates import BARE, fill
 from sphere.tokenization import encode, subject_token
 
+Ids = tuple[int, ...]
 
-def truncated_row(tokenizer: PreTrainedTokenizerBase, template: str, request: EditRequest) -> tuple[int, ...]:
+
+def truncated_row(tokenizer: PreTrainedTokenizerBase, template: str, request: EditRequest) -> Ids:
     """Token ids of a request in a template up to the subject's last token."""
     filled = fill(template, request)
     encoded = encode(tokenizer, filled.text)
@@ -27,26 +32,30 @@ def truncated_row(tokenizer: PreTrainedTokenizerBase, template: str, request: Ed
 
 
 class _Pack:
-    """Rows of similar length and how far up they have got."""
+    """Sequences run together, and how far up they have got.
 
-    def __init__(self, stack: LayerStack, rows: Sequence[tuple[int, ...]], pad: int, first: int, last: int):
-        width = max(len(r) for r in rows)
-        ids = pad_left(rows, width, pad, stack.device)  # lookup position = last column
-        starts = torch.tensor([width - len(r) for r in rows], device=stack.device)[:, None]
-        columns = torch.arange(width, device=stack.device)[None]
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": (columns >= starts).long(),
-            "position_ids": (columns - starts).clamp(min=0),
-            "use_cache": False,
-        }
-        self.recording: Recording = stack.record(inputs, first, last)
+    Attributes:
+        sequences: their token ids, in the order of `at_ends`.
+    """
+
+    def __init__(self, stack: LayerStack, rows: Sequence[Row], trees: bool, first: int, last: int) -> None:
+        self.recording = stack.record(model_inputs(stack.model, rows, trees), first, last)
         self.hidden = self.recording.hidden  # (rows x width x d), entering layer `at`
         self.at = first
+        ends = [(row, scored.ids, path[-1]) for row, r in enumerate(rows) for scored, path in r.paths]
+        self.sequences: list[Ids] = [ids for _, ids, _ in ends]
+        self._rows = torch.tensor([row for row, _, _ in ends])
+        self._columns = torch.tensor([column for _, _, column in ends])
 
     def advance(self, stack: LayerStack, layer: int) -> None:
+        """Up to the entry of `layer`."""
         self.hidden = stack.run(self.recording, self.hidden, self.at, layer - 1)
         self.at = layer
+
+    def at_ends(self, x: Tensor) -> Tensor:
+        """(rows x width x d) -> (sequences x d) at each sequence's last token, float32 or wider."""
+        chosen = x[self._rows.to(x.device), self._columns.to(x.device)]
+        return chosen.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class KeyWalk:
@@ -67,55 +76,55 @@ class KeyWalk:
     ) -> None:
         self.stack, self.n = stack, len(requests)
         first, last = min(stack.hparams.layers), max(stack.hparams.layers)
-        share: dict[tuple[int, ...], dict[int, float]] = {}  # row -> its weight in each request's mean
+        share: dict[Ids, dict[int, float]] = {}  # sequence -> its weight in each request's mean
         for index, request in enumerate(requests):
             for group in templates:
                 for template in group:
-                    row = share.setdefault(truncated_row(tokenizer, template, request), {})
-                    row[index] = row.get(index, 0.0) + 1 / (len(templates) * len(group))
-        bare = [truncated_row(tokenizer, "{}", request) for request in requests]
-        bare_rows = list(dict.fromkeys(bare))
-        other_rows = [row for row in share if row not in set(bare_rows)]
-        pad = padding_id(tokenizer)
-        self._share = share
+                    ids = share.setdefault(truncated_row(tokenizer, template, request), {})
+                    ids[index] = ids.get(index, 0.0) + 1 / (len(templates) * len(group))
+        bare = [truncated_row(tokenizer, BARE, request) for request in requests]
+        trees = stack.takes_trees(max(share, key=len))
+        others = share.keys() - set(bare)
         with torch.no_grad():
-            self._bare = _build(stack, bare_rows, pad, first, last, batch_tokens)
-            self._other = _build(stack, other_rows, pad, first, last, batch_tokens)
-        place = {row: i for i, row in enumerate(row for rows, _ in self._bare for row in rows)}
-        self._bare_place = torch.tensor([place[row] for row in bare])  # request -> its bare row
+            self._bare = _packs(stack, bare, trees, first, last, batch_tokens)
+            self._other = _packs(stack, list(others), trees, first, last, batch_tokens)
+        place = {ids: i for i, ids in enumerate(ids for part in self._bare for ids in part.sequences)}
+        self._bare_place = torch.tensor([place[ids] for ids in bare])  # request -> its bare prompt
+        self._means = [self._mean(part, share) for part in self._bare + self._other]
+
+    def _mean(self, part: _Pack, share: dict[Ids, dict[int, float]]) -> Tensor:
+        """(n x sequences): the weight of each sequence's key in the mean of each request."""
+        weights = torch.zeros(self.n, len(part.sequences))
+        for column, ids in enumerate(part.sequences):
+            for request, value in share.get(ids, {}).items():
+                weights[request, column] = value
+        return weights
 
     @torch.no_grad()
     def keys(self, layer: int) -> Tensor:
         """Mean input of the layer's edited module at the subject's last token: K (in x n), float32 or wider."""
         total: Tensor | None = None
-        for rows, pack in self._bare + self._other:
-            pack.advance(self.stack, layer)
-            inputs = self.stack.module_input(pack.recording, pack.hidden, layer)[:, -1]  # rows x in
-            inputs = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-            weights = inputs.new_zeros(self.n, len(rows))
-            for column, row in enumerate(rows):
-                for request, value in self._share.get(row, {}).items():
-                    weights[request, column] = value
-            part = weights @ inputs  # n x in
-            total = part if total is None else total + part.to(total.device)
+        for part, mean in zip(self._bare + self._other, self._means, strict=True):
+            part.advance(self.stack, layer)
+            inputs = part.at_ends(self.stack.module_input(part.recording, part.hidden, layer))
+            keys = mean.to(inputs) @ inputs  # n x in
+            total = keys if total is None else total + keys.to(total.device)
         assert total is not None
         return total.T
 
     @torch.no_grad()
     def outputs(self, layer: int) -> Tensor:
         """Output of decoder layer `layer` for the bare prompts, from the hidden states reached: (out x n)."""
-        parts = []
-        for _, pack in self._bare:
-            hidden = self.stack.run(pack.recording, pack.hidden, pack.at, layer)[:, -1]
-            parts.append(hidden.to(torch.promote_types(hidden.dtype, torch.float32)))
+        parts = [
+            part.at_ends(self.stack.run(part.recording, part.hidden, part.at, layer)) for part in self._bare
+        ]
         return torch.cat(parts)[self._bare_place.to(parts[0].device)].T
 
 
-def _build(
-    stack: LayerStack, rows: list[tuple[int, ...]], pad: int, first: int, last: int, batch_tokens: int
-) -> list[tuple[list[tuple[int, ...]], _Pack]]:
-    result = []
-    for group in packs([len(r) for r in rows], batch_tokens):
-        chosen = [rows[i] for i in group]
-        result.append((chosen, _Pack(stack, chosen, pad, first, last)))
-    return result
+def _packs(
+    stack: LayerStack, ids: Sequence[Ids], trees: bool, first: int, last: int, batch_tokens: int
+) -> list[_Pack]:
+    """Sequences as prefix trees where the model takes them, else each in its own row; so many tokens at a time."""
+    sequences = [Scored(x, len(x)) for x in ids]
+    rows = pack(sequences, min(ROW_TOKENS, batch_tokens)) if trees else one_per_row(sequences)
+    return [_Pack(stack, batch, trees, first, last) for batch in batches(rows, batch_tokens)]

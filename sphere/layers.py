@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams
+from sphere.packing import PackedScorer, Scored
 from sphere.prefix_cache import FrozenPrefixCache
 
 # What a forward pass costs beside its tokens (starting kernels, reading weights), as a number of tokens.
@@ -146,6 +147,14 @@ class LayerStack:
             layer: self._module("rewrite_module_tmp", hparams.rewrite_module_tmp.format(layer))
             for layer in hparams.layers
         }
+        self._trees: bool | None = None
+
+    def takes_trees(self, ids: Sequence[int]) -> bool:
+        """Whether the model heeds the masks of prefix trees (`sphere.packing`); probed with these ids, once."""
+        if self._trees is None:
+            with torch.no_grad():
+                self._trees = PackedScorer(self.model).takes_trees([Scored(tuple(ids), 1)])
+        return self._trees
 
     def weight_name(self, layer: int) -> str:
         """Name of the edited parameter of a layer."""

@@ -12,6 +12,7 @@ Knows token ids and models. Knows nothing of tokenizers, prompts or metrics.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ def one_per_row(sequences: Sequence[Scored]) -> list[Row]:
     return rows
 
 
-def _batches(rows: Sequence[Row], batch_tokens: int, batch_scored: int) -> Iterator[list[Row]]:
+def batches(rows: Sequence[Row], batch_tokens: int, batch_scored: float = math.inf) -> Iterator[list[Row]]:
     """Neighboring rows together, up to so many tokens with padding and so many scored positions."""
     batch: list[Row] = []
     longest = scored = 0
@@ -126,6 +127,27 @@ def _batches(rows: Sequence[Row], batch_tokens: int, batch_scored: int) -> Itera
         longest, scored = grown, scored + n_scored
     if batch:
         yield batch
+
+
+def model_inputs(model: Any, batch: Sequence[Row], trees: bool) -> dict[str, Any]:
+    """Arguments of the model for rows (right-padded): as prefix trees, or as one sequence per row."""
+    device, length = model.get_input_embeddings().weight.device, max(len(row.tokens) for row in batch)
+    ids = np.zeros((len(batch), length), dtype=np.int64)  # any id will do as padding: nothing sees it
+    for b, row in enumerate(batch):
+        ids[b, : len(row.tokens)] = row.tokens
+    inputs = {"input_ids": torch.from_numpy(ids).to(device), "use_cache": False}
+    if not trees:
+        lengths = np.array([len(row.tokens) for row in batch])
+        present = (np.arange(length) < lengths[:, None]).astype(np.int64)
+        return inputs | {"attention_mask": torch.from_numpy(present).to(device)}
+    sees = torch.from_numpy(np.stack([row.attention(length) for row in batch])).to(device)[:, None]
+    dtype = model.get_input_embeddings().weight.dtype
+    mask = torch.zeros(sees.shape, dtype=dtype, device=device)  # (B, 1, L, L)
+    mask.masked_fill_(~sees, torch.finfo(dtype).min)
+    positions = np.zeros((len(batch), length), dtype=np.int64)
+    for b, row in enumerate(batch):
+        positions[b, : len(row.depths)] = row.depths
+    return inputs | {"attention_mask": mask, "position_ids": torch.from_numpy(positions).to(device)}
 
 
 class PackedScorer:
@@ -155,11 +177,11 @@ class PackedScorer:
         if not sequences:
             return {}
         if self.trees is None:
-            self.trees = self._takes_trees(sequences)
+            self.trees = self.takes_trees(sequences)
         rows = pack(sequences, min(ROW_TOKENS, self.batch_tokens)) if self.trees else one_per_row(sequences)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         results: dict[Scored, TokenScores] = {}
-        for batch in _batches(rows, self.batch_tokens, max(1, LOGIT_VALUES // vocabulary)):
+        for batch in batches(rows, self.batch_tokens, max(1, LOGIT_VALUES // vocabulary)):
             found = self._forward(batch, self.trees)
             results |= found
             if progress is not None:
@@ -177,14 +199,9 @@ class PackedScorer:
 
     @torch.no_grad()
     def _forward(self, batch: Sequence[Row], trees: bool) -> dict[Scored, TokenScores]:
-        length = max(len(row.tokens) for row in batch)
-        ids = np.zeros((len(batch), length), dtype=np.int64)  # any id will do as padding: nothing sees it
-        for b, row in enumerate(batch):
-            ids[b, : len(row.tokens)] = row.tokens
         nodes = [(b, node) for b, row in enumerate(batch) for node in sorted(row.scored_nodes)]
-        inputs = self._tree_inputs(batch, length) if trees else self._padded_inputs(batch, length)
         with _logits_at(self.model, nodes) as select:
-            output = self.model(input_ids=self._tensor(ids), **inputs, use_cache=False)
+            output = self.model(**model_inputs(self.model, batch, trees))
             logits = select(output.logits)  # (N, vocabulary)
         index = {node: n for n, node in enumerate(nodes)}
         asked = [
@@ -201,24 +218,7 @@ class PackedScorer:
         predicted = logits.argmax(-1).masked_fill(broken, -1)[where].cpu().numpy()
         return _by_sequence(batch, nll, predicted)
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
-
-    def _tree_inputs(self, batch: Sequence[Row], length: int) -> dict[str, Tensor]:
-        sees = self._tensor(np.stack([row.attention(length) for row in batch]))[:, None]  # (B, 1, L, L)
-        dtype = self.model.get_input_embeddings().weight.dtype
-        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
-        mask.masked_fill_(~sees, torch.finfo(dtype).min)
-        positions = np.zeros((len(batch), length), dtype=np.int64)
-        for b, row in enumerate(batch):
-            positions[b, : len(row.depths)] = row.depths
-        return {"attention_mask": mask, "position_ids": self._tensor(positions)}
-
-    def _padded_inputs(self, batch: Sequence[Row], length: int) -> dict[str, Tensor]:
-        lengths = np.array([len(row.tokens) for row in batch])
-        return {"attention_mask": self._tensor((np.arange(length) < lengths[:, None]).astype(np.int64))}
-
-    def _takes_trees(self, sequences: Sequence[Scored]) -> bool:
+    def takes_trees(self, sequences: Sequence[Scored]) -> bool:
         """Score a forked tree and a second one beside it both ways: are tree masks and positions heeded?"""
         ids = min((scored.ids for scored in sequences), key=len)
         half, turned = len(ids) // 2, ids[::-1]
