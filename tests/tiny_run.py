@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import LLAMA_MODULES, tiny_llama, tiny_values
 from transformers import PreTrainedTokenizerBase
 
+import sphere.cli
 from baselines.mend.networks import MendEditor
 from sphere.methods import get_method
 from sphere.run import RunConfig
@@ -60,11 +65,15 @@ class TinyRun:
     """The folder of a tiny world, and runs in it.
 
     Attributes:
-        folder: holds model, hparams, data and stats.
+        folder: holds model, hparams, data and stats; written unless there is no tokenizer to write.
     """
 
-    def __init__(self, folder: Path, tokenizer: PreTrainedTokenizerBase, n_records: int = 8) -> None:
+    def __init__(
+        self, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, n_records: int = 8
+    ) -> None:
         self.folder = folder
+        if tokenizer is None:
+            return
         tiny_llama().save_pretrained(folder / LABEL)
         tokenizer.save_pretrained(folder / LABEL)
         for method in METHODS:
@@ -73,6 +82,16 @@ class TinyRun:
         editor = MendEditor(dict.fromkeys((1, 2), (32, 48)), rank=4, edit_lr=0.1)
         (folder / "stats" / LABEL).mkdir(parents=True)
         editor.save(folder / "stats" / LABEL / "mend.safetensors", {})
+
+    def copy(self, folder: Path) -> TinyRun:
+        """The same in another folder."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return TinyRun(folder)
+
+    @property
+    def model(self) -> Path:
+        """The model's folder."""
+        return self.folder / LABEL
 
     def write_hparams(self, method: str, **changes: Any) -> Path:
         """Write a method's hyperparameter file, with changes; None removes a key."""
@@ -115,6 +134,22 @@ def flags(settings: dict[str, Any]) -> list[str]:
     """{"a": 1, "b": True} -> ["--a=1", "--b"]."""
     given = {k: v for k, v in settings.items() if v is not None and v is not False}
     return [f"--{key}" if value is True else f"--{key}={value}" for key, value in given.items()]
+
+
+def command(
+    main: Callable[[list[str] | None], int | None],
+    argv: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> tuple[int, str, str]:
+    """What a command line does, in this process: its exit status, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["command", *argv])
+    monkeypatch.setattr(sphere.cli, "set_up_logging", lambda: None)  # it would take pytest's handlers away
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        sphere.cli.run_cli(main)
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code, *capsys.readouterr()
 
 
 def contents(folder: Path, pattern: str = "edit_*.safetensors") -> dict[str, bytes]:
