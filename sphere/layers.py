@@ -178,7 +178,7 @@ class LayerStack:
     def record(self, inputs: dict[str, Any], first: int, last: int) -> Recording:
         """Run the model up to layer `last`, keeping what enters layer `first` and the calls of layers first..last.
 
-        `first` may be the number of layers: then the last layer's output is kept and there are no calls. Nothing above
+        `first` may be one above `last`: then the output of layer `last` is kept and there are no calls. Nothing above
         `last` is computed.
 
         Args:
@@ -210,8 +210,8 @@ class LayerStack:
             for layer in range(first, min(last + 1, self.n_layers)):
                 handle = self.layers[layer].register_forward_pre_hook(before(layer), with_kwargs=True)
                 hooks.callback(handle.remove)
-            if first == self.n_layers:
-                hooks.callback(self.layers[-1].register_forward_hook(after).remove)
+            if first > last:
+                hooks.callback(self.layers[last].register_forward_hook(after).remove)
             self._forward(inputs)
         return Recording(entering[0], first, calls)
 
