@@ -1,0 +1,108 @@
+"""Run all benchmarks, each in a process of its own, and write their rows to benchmarks/results.md.
+
+    python -m benchmarks
+    python -m benchmarks --device cuda            # the real sizes
+    python -m benchmarks --only alphaedit_solve memit_solve
+
+The file holds a section per kind of device; a run replaces its own and keeps the other. It is written anew after every
+benchmark, so that a run that is stopped leaves what it measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from benchmarks.common import Row, benchmark_parser, device_of, machine, read_rows, table
+from sphere.cli import run_cli
+from sphere.files import atomic_path
+
+FOLDER = Path(__file__).parent
+NAMES = (
+    "principal_directions",
+    "alphaedit_solve",
+    "memit_solve",
+    "keys",
+    "second_moments",
+    "target_values",
+    "end_to_end",
+)
+INTRODUCTION = """# Benchmarks
+
+Written by `python -m benchmarks` (`make bench`). Each row is a fast path of `sphere` beside a plain implementation of the
+same mathematics in `benchmarks/plain/`, both in one process, taking turns, medians of the turns. "Largest difference" is
+relative, of the results; what exactly is compared, each script's docstring says. "Extra memory" is the peak above what
+was held before the call. "Goal" is the ratio that the project set itself, where it did.
+"""
+
+
+def run_one(name: str, args: argparse.Namespace, folder: Path) -> tuple[str, list[Row]]:
+    """One script in a process of its own: what went wrong, if anything, and its rows."""
+    path = folder / f"{name}.json"
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--device", args.device, "--json", str(path)]
+    begin = time.perf_counter()
+    code = subprocess.run(command, cwd=FOLDER.parent, check=False).returncode
+    if not path.exists():
+        return f"`{name}` failed with exit code {code}", []
+    print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return "", read_rows(path)[1]
+
+
+def section(
+    args: argparse.Namespace, rows: Mapping[str, list[Row]], failures: Sequence[str], seconds: float
+) -> str:
+    """The Markdown of what has been measured on a device."""
+    facts = machine(device_of(args))
+    chosen = "" if args.only is None else f" --only {' '.join(args.only)}"
+    lines = [
+        f"`python -m benchmarks --device {args.device}{chosen}`, {time.strftime('%Y-%m-%d')}, {seconds / 60:.1f} minutes.",
+        "",
+        *(f"- {key}: {value}" for key, value in facts.items()),
+        "",
+        table([row for found in rows.values() for row in found]),
+    ]
+    if failures:
+        lines += ["", "Not measured: " + "; ".join(failures) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def write_section(path: Path, title: str, body: str) -> None:
+    """Replace one section of the file, keep the others, in the order of their titles."""
+    text = path.read_text("utf-8") if path.exists() else ""
+    sections = dict(re.findall(r"^## (.+?)\n\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    sections[title] = body
+    parts = [f"## {name}\n\n{sections[name].strip()}\n" for name in sorted(sections)]
+    with atomic_path(path) as temporary:
+        temporary.write_text("\n".join([INTRODUCTION, *parts]), "utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run, print and write; the exit code is 1 where a script failed or a goal was missed."""
+    parser = benchmark_parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=None, help="some of the benchmarks")
+    parser.add_argument("--output", type=Path, default=FOLDER / "results.md")
+    args = parser.parse_args(argv)
+    title = "GPU" if device_of(args).type == "cuda" else "CPU"
+    rows: dict[str, list[Row]] = {}
+    failures: list[str] = []
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in tqdm(args.only or NAMES, desc="benchmarks"):
+            failure, rows[name] = run_one(name, args, Path(folder))
+            failures += [failure] if failure else []
+            write_section(args.output, title, section(args, rows, failures, time.perf_counter() - begin))
+    print(args.output.read_text("utf-8"))
+    missed = [row for found in rows.values() for row in found if row.goal and row.ratio < row.goal]
+    return int(bool(failures or missed))
+
+
+if __name__ == "__main__":
+    run_cli(main)
