@@ -1,0 +1,281 @@
+"""The editing loop: batches are written or leave no trace, weights come back, memory stays off the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GPT2_MODULES, LLAMA_MODULES, REQUESTS, tiny_gpt2, tiny_llama
+from places import place, pretended_devices
+from tiny_run import METHODS, method_values, records
+from transformers import PreTrainedTokenizerBase
+
+from baselines.mend.networks import MendEditor
+from sphere import Editor, EditRequest, SphereError, get_method, hparams_from_dict
+from sphere.methods import Method
+from sphere.methods.alphaedit import AlphaEdit
+from sphere.solvers import SequentialSolve
+
+CPU = torch.device("cpu")
+FACTS = [
+    EditRequest(r["case_id"], w["prompt"], w["subject"], w["target_new"]["str"])
+    for r in records(20)
+    for w in [r["requested_rewrite"]]
+]
+STATEFUL = ("AlphaEdit", "MEMIT_seq")
+
+
+def moment(layer: int, size: int = 48) -> torch.Tensor:
+    """A second moment that is there without a corpus."""
+    generator = torch.Generator().manual_seed(layer)
+    keys = torch.randn(size, 4 * size, generator=generator)
+    return keys @ keys.T / (4 * size)
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Editors of tiny models."""
+
+    def editor(
+        method: str = "AlphaEdit", model: Any = None, modules: Any = LLAMA_MODULES, **options: Any
+    ) -> Editor:
+        kind = get_method(method)
+        hparams = hparams_from_dict({**method_values(method), **modules}, kind.hparams_class)
+        options = {
+            "progress": False,
+            "given_templates": (("{}",), ("Yes. {}",)),
+            "stats_dir": tmp_path,
+            **options,
+        }
+        result = Editor(model or tiny_llama(), tiny_tokenizer, method, hparams, alpha=0.5, **options)
+        for layer in hparams.layers if hasattr(hparams, "mom2_dataset") else ():
+            size = result.weights.get(result.workspace.stack.weight_name(layer)).shape[1]
+            result.workspace.moments.set(layer, moment(layer, size))
+        path = tmp_path / "model" / "mend.safetensors"
+        if method == "MEND" and not path.exists():
+            torch.manual_seed(0)
+            shape = tuple(result.weights.get(result.weights.names[0]).shape)
+            MendEditor(dict.fromkeys((1, 2), shape), rank=4, edit_lr=0.1).save(path, {})
+        return result
+
+    return editor
+
+
+def in_batches(editor: Editor, facts: Sequence[EditRequest], size: int = 5) -> dict[str, torch.Tensor]:
+    """Edit, and return what would be saved."""
+    for i in range(0, len(facts), size):
+        editor.edit(facts[i : i + size])
+    return editor.final_weights()
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
+
+
+# ---- reverting ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("model", "modules"), [(tiny_llama, LLAMA_MODULES), (tiny_gpt2, GPT2_MODULES)])
+def test_twenty_facts_are_reverted_bit_for_bit(dtype: Any, model: Any, modules: Any, make: Any) -> None:
+    edited = model().to(dtype)
+    original = {name: p.detach().clone() for name, p in edited.named_parameters()}
+    editor = make(model=edited, modules=modules)
+    first = in_batches(editor, FACTS)
+    assert any(not torch.equal(first[name], original[name]) for name in first)
+    editor.revert()
+    assert editor.n_edits == 0
+    assert_same({name: p.detach() for name, p in edited.named_parameters()}, original)
+    assert_same(in_batches(editor, FACTS), first)  # nothing of the first time was left
+
+
+# ---- batches that are not written ----
+
+
+def breaking(at: int, kind: Any, monkeypatch: pytest.MonkeyPatch, method: type[Method]) -> None:
+    """Have the method's update number `at` (counted from 0) go wrong."""
+    original = method.updates
+
+    def updates(self: Method, requests: Sequence[EditRequest]) -> Iterator[tuple[str, torch.Tensor]]:
+        for index, (name, delta) in enumerate(original(self, requests)):
+            if index == at and isinstance(kind, BaseException):
+                raise kind
+            yield name, delta * kind if index == at else delta
+
+    monkeypatch.setattr(method, "updates", updates)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("kind", "error", "says"),
+    [
+        (float("nan"), SphereError, "is not finite: the batch was not written"),
+        (float("inf"), SphereError, "is not finite: the batch was not written"),
+        (1e9, SphereError, "the model is breaking"),
+        (SphereError("No."), SphereError, "No."),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=["nan", "infinity", "huge", "error", "interrupt"],
+)
+def test_a_broken_batch_leaves_no_trace(
+    kind: Any, error: Any, says: str, method: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = FACTS[:6]
+    expected = in_batches(make(method), facts, 2)
+    editor = make(method)
+    in_batches(editor, facts[:2], 2)
+    with monkeypatch.context() as patch:
+        breaking(1, kind, patch, get_method(method))
+        with pytest.raises(error, match=says) as caught:
+            editor.edit(facts[2:4])
+    if error is SphereError and says != "No.":
+        layer = 1 if method == "ROME" else 2
+        assert f"model.layers.{layer}.mlp.down_proj.weight in the batch of cases 2 to 3" in str(caught.value)
+    assert editor.n_edits == 2
+    assert_same(in_batches(editor, facts[2:], 2), expected)
+
+
+def test_a_weight_that_its_dtype_cannot_hold(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = 6e4
+    editor = make(model=model.half())
+    name = editor.weights.names[0]
+    delta = torch.zeros_like(editor.weights.get(name))
+    delta[0, 0] = 6e4
+    monkeypatch.setattr(AlphaEdit, "updates", lambda *_: iter([(name, delta)]))
+    before = editor.final_weights()
+    with pytest.raises(SphereError, match=r"layers\.1.*not finite in the model's dtype.*--dtype bfloat16"):
+        editor.edit(FACTS[:1])
+    assert_same(editor.final_weights(), before)
+
+
+@pytest.mark.parametrize("method", STATEFUL)
+def test_a_solve_that_is_not_finite_names_its_layer(method: str, make: Any) -> None:
+    editor = make(method)
+    editor.edit(FACTS[:2])
+    before = editor.final_weights()
+    broken = editor.workspace.stack.layers[0].mlp.up_proj.weight
+    kept = broken.detach().clone()
+    broken.data.fill_(float("nan"))
+    with pytest.raises(SphereError, match=r"layer \d.*not finite"):
+        editor.edit(FACTS[2:4])
+    broken.data.copy_(kept)
+    assert_same(editor.final_weights(), before)
+
+
+def test_a_solve_that_is_not_definite_names_its_layer() -> None:
+    solve = SequentialSolve(lambda keys: -10 * keys, 1.0, "layer 7")
+    with pytest.raises(SphereError, match="layer 7 is not positive definite: raise L2"):
+        solve.solve(torch.eye(3))
+
+
+def test_nothing_to_edit(make: Any) -> None:
+    with pytest.raises(SphereError, match="nothing to edit"):
+        make().edit([])
+
+
+def test_repeated_and_conflicting_requests_are_reported(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    twice = EditRequest(7, REQUESTS[0].prompt, REQUESTS[0].subject, REQUESTS[0].target_new)
+    other = EditRequest(8, REQUESTS[0].prompt, REQUESTS[0].subject, "Dutch")
+    report = make().edit([REQUESTS[0], twice, other])
+    repeats, contradicts = report.findings
+    assert repeats.startswith("Case 7 repeats case 0 in one batch: 'The mother tongue of Ann Lee is'")
+    assert contradicts.startswith("Case 8 contradicts case 0 in one batch")
+    assert "'Dutch' and 'Welsh'" in contradicts
+    assert repeats in caplog.text
+    assert contradicts in caplog.text
+
+
+# ---- saved states ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_is_taken_up_by_another_editor(method: str, make: Any) -> None:
+    expected = in_batches(make(method), FACTS[:6], 2)
+    first = make(method)
+    in_batches(first, FACTS[:4], 2)
+    tensors, lasting, values = first.state()
+    second = make(method)
+    second.load_state(tensors, {name: t.clone() for name, t in lasting.items()}, values)
+    assert second.n_edits == 4
+    assert_same(in_batches(second, FACTS[4:6], 2), expected)
+    again, kept, _ = second.state()
+    assert again.keys() == tensors.keys()
+    assert kept.keys() >= lasting.keys()
+
+
+@pytest.mark.parametrize("method", STATEFUL)
+def test_what_lasts_does_not_change_under_its_name(method: str, make: Any) -> None:
+    """The contract of `Method.state`, which resume points rely on."""
+    editor, seen = make(method), {}
+    for i in range(0, 6, 2):
+        editor.edit(FACTS[i : i + 2])
+        lasting = editor.state()[1]
+        assert len(lasting) == 2 * (i // 2 + 1)
+        for name, tensor in lasting.items():
+            assert tensor.device == CPU
+            assert torch.equal(seen.setdefault(name, tensor.clone()), tensor)
+
+
+def test_a_state_of_another_model_is_refused(make: Any) -> None:
+    tensors, lasting, values = make(modules=GPT2_MODULES, model=tiny_gpt2()).state()
+    with pytest.raises(SphereError, match="These weights do not fit this model"):
+        make().load_state(tensors, lasting, values)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_random_state_of_the_gpu_is_kept(make: Any) -> None:
+    editor = make(model=tiny_llama().cuda())
+    editor.edit(FACTS[:2])
+    state = editor.state()
+    first = torch.rand(3, device="cuda")
+    editor.load_state(*state)
+    assert torch.equal(torch.rand(3, device="cuda"), first)
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("conserve_memory", [False, True])
+def test_what_conserve_memory_keeps_off_the_gpu(conserve_memory: bool, make: Any) -> None:
+    gpu = torch.device("cuda:0")
+    where = CPU if conserve_memory else gpu
+    with pretended_devices():
+        model = place(tiny_llama(), dict.fromkeys(("model", "lm_head"), "cuda:0"))
+        editor = make(model=model, conserve_memory=conserve_memory)
+        editor.edit(FACTS[:2])
+        assert {w.device for w in editor.original.values()} == {where}
+        assert {editor.workspace.moments.get(layer).device for layer in (1, 2)} == {where}
+        assert {p.basis.device for p in editor.method.projectors.values()} == {where}
+        assert {editor.weights.get(name).device for name in editor.weights.names} == {gpu}
+
+
+@pytest.mark.parametrize("method", ["MEMIT", "ROME"])
+def test_factors_of_second_moments_stay_where_these_are(
+    method: str, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MEMIT's and ROME's systems are solved beside their Cholesky factor; only keys travel."""
+    solved: list[torch.device] = []
+    original = torch.linalg.solve_triangular
+
+    def solve_triangular(matrix: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if len(matrix) == 48:
+            solved.append(matrix.device)
+        return original(matrix, *args, **options)
+
+    monkeypatch.setattr(torch.linalg, "solve_triangular", solve_triangular)
+    with pretended_devices():
+        model = place(tiny_llama(), dict.fromkeys(("model", "lm_head"), "cuda:0"))
+        make(method, model=model, conserve_memory=True).edit(FACTS[:2])
+    assert set(solved) == {CPU}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_conserve_memory_changes_no_result(method: str, make: Any) -> None:
+    plain = in_batches(make(method), FACTS[:4], 2)
+    assert_same(in_batches(make(method, conserve_memory=True), FACTS[:4], 2), plain)
