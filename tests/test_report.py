@@ -221,6 +221,8 @@ def test_labels_say_what_differs(tmp_path):
         "AlphaEdit + SPHERE, β 0.3",
         "AlphaEdit + SPHERE, β 0.5",
     ]
+    more = [fake_run(tmp_path / "b", "MEMIT", seed=9, scored=False, batches=1)]  # its seed need not be said
+    assert [run.label for run in load_runs([*made[1:], *more])][-1] == "MEMIT + SPHERE"
     twin = tmp_path / "twin"
     shutil.copytree(made[0], twin)
     assert labels([load_run(made[0]), load_run(twin)])[1] == f"AlphaEdit ({twin})"
@@ -231,6 +233,9 @@ def test_runs_differ_in_more_than_colour():
     assert [style.color for style in pairs] == [PALETTE[0]] * 2 + [PALETTE[1]] * 2
     assert [style.dashed for style in pairs] == [True, False, True, False]
     assert pairs[0].marker != pairs[2].marker
+    again = styles([("A", True), ("B", True), ("A", True), ("A", False)])
+    assert again[0].color == again[3].color
+    assert len({style.color for style in again[:3]}) == 3
     many = styles([("A", True)] * 20)
     assert len({(style.color, style.marker) for style in many}) == 20
 

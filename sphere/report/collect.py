@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,27 +191,34 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return batches
 
 
+SETTINGS: dict[
+    str, Callable[[RunData], str]
+] = {  # what may tell two runs of a method apart, most telling first
+    "model_name": lambda run: run.model,
+    "ds_name": lambda run: str(run.config.get("ds_name", "?")),
+    "beta_hse": lambda run: f"β {run.config['beta_hse']:g}" if run.has_sphere else "",
+    "alpha": lambda run: f"α {run.config['alpha']:g}" if run.has_sphere else "",
+    "num_edits": lambda run: f"batches of {run.config.get('num_edits', '?')}",
+    "seed": lambda run: f"seed {run.config.get('seed', '?')}",
+}
+
+
 def labels(runs: Sequence[RunData]) -> list[str]:
-    """Method and SPHERE where that tells the runs apart; else also the settings in which they differ."""
-    plain = [run.method + (" + SPHERE" if run.has_sphere else "") for run in runs]
-    if len(set(plain)) == len(runs):
-        return plain
-    shown = {
-        "model_name": lambda run: run.model,
-        "ds_name": lambda run: run.config.get("ds_name", ""),
-        "num_edits": lambda run: f"batches of {run.config.get('num_edits', '?')}",
-        "beta_hse": lambda run: f"β {run.config['beta_hse']:g}" if run.has_sphere else "",
-        "alpha": lambda run: f"α {run.config['alpha']:g}" if run.has_sphere else "",
-        "seed": lambda run: f"seed {run.config.get('seed', '?')}",
-    }
-    differing = [show for key, show in shown.items() if len({repr(run.config.get(key)) for run in runs}) > 1]
-    full = [
-        ", ".join([name, *filter(None, (show(run) for show in differing))])
-        for name, run in zip(plain, runs, strict=True)
-    ]
-    if len(set(full)) == len(runs):
-        return full
-    return [f"{name} ({run.folder})" for name, run in zip(full, runs, strict=True)]
+    """Method and SPHERE; where several runs share these, also the settings that tell them apart, or the folder."""
+    result = [run.method + (" + SPHERE" if run.has_sphere else "") for run in runs]
+    for name in dict.fromkeys(result):
+        same = [i for i, label in enumerate(result) if label == name]
+        if len(same) == 1:
+            continue
+        for show in SETTINGS.values():
+            longer = {i: ", ".join(filter(None, (result[i], show(runs[i])))) for i in same}
+            if len(set(longer.values())) > len({result[i] for i in same}):
+                for i in same:
+                    result[i] = longer[i]
+        if len({result[i] for i in same}) < len(same):
+            for i in same:
+                result[i] += f" ({runs[i].folder})"
+    return result
 
 
 # ---- measurements ----

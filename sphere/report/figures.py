@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -148,14 +149,15 @@ def _intervals(
     count: int,
     span: float | None = None,
 ) -> None:
-    """A line with error bars, moved aside by the run's position so that bars of several runs stay apart."""
+    """A line with error bars, moved aside by the run's position among `count` so that bars stay apart."""
     if not entries:
         return
     y = np.array([_value(entry) for entry in entries])
     low = np.array([entry["low"] for entry in entries])
     high = np.array([entry["high"] for entry in entries])
-    width = span if span is not None else 0.012 * max(x)
-    shifted = np.array(x, dtype=float) + (position - (count - 1) / 2) * width
+    gap = min((b - a for a, b in pairwise(x)), default=max(x) or 1)
+    spread = min(0.5 * gap, 0.012 * count * (max(x) or 1)) if span is None else span  # of all runs together
+    shifted = np.array(x, dtype=float) + ((position + 0.5) / count - 0.5) * spread
     axes.errorbar(
         shifted,
         y,
@@ -220,7 +222,7 @@ def retention(runs: Sequence[RunData], look: dict[str, Style], suffix: str) -> D
         thirds = _last_thirds(run)
         x = [i for i, name in enumerate(THIRDS) if thirds.get(name, {}).get("score")]
         entries = [thirds[THIRDS[i]]["score"] for i in x]
-        _intervals(axes, x, entries, run, look, position, len(shown), span=min(0.07, 0.5 / len(shown)))
+        _intervals(axes, x, entries, run, look, position, len(shown), span=min(0.07 * len(shown), 0.5))
     label_axes(axes, "When the fact was edited", "Score after all edits (%)")
     axes.set_xticks(range(len(THIRDS)), [f"{name} third" for name in THIRDS])
     axes.set_ylim(*_percent_limits(axes))
@@ -246,7 +248,7 @@ def cosines(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | None:
     for run in shown:
         groups.setdefault(tuple(run.cosines[0]["counts"]), []).append(run)
     height = 4.6 * len(groups)
-    figure = Figure(figsize=(WIDTH, height + 0.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height + 0.2), layout="constrained")
     panels = figure.subplots(2 * len(groups), 1, squeeze=False, height_ratios=[3, 2] * len(groups)).ravel()
     for index, group in enumerate(groups.values()):
         _cosine_panels(panels[2 * index], panels[2 * index + 1], group, look)

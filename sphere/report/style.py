@@ -21,6 +21,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#6b6b6b"
 WIDTH = 7.2  # inches
+LEGEND_ROW = 0.19  # inches
 STEPS = (1, 2, 2.5, 5, 10)  # between ticks
 SETTINGS: Any = {
     "font.family": "DejaVu Sans",
@@ -63,14 +64,13 @@ class Style:
 def styles(kinds: Sequence[tuple[str, bool]]) -> list[Style]:
     """A style per run from its (method, with SPHERE or not).
 
-    A method with and without SPHERE shares colour and marker, solid and dashed. Where a method occurs more often than
-    that, every run has a colour of its own.
+    A method with and without SPHERE shares colour and marker, solid and dashed; where one of the two occurs again, it
+    has a colour of its own.
     """
-    methods = list(dict.fromkeys(method for method, _ in kinds))
-    by_method = len(set(kinds)) == len(kinds)
+    numbers: dict[tuple[str, int], int] = {}
     result = []
     for index, (method, has_sphere) in enumerate(kinds):
-        number = methods.index(method) if by_method else index
+        number = numbers.setdefault((method, kinds[:index].count((method, has_sphere))), len(numbers))
         turn = number // len(PALETTE)  # the second time round, other markers go with the colours
         marker = MARKERS[(number + turn) % len(MARKERS)]
         result.append(Style(PALETTE[number % len(PALETTE)], marker, not has_sphere))
@@ -85,11 +85,11 @@ def drawing() -> Iterator[None]:
 
 
 def grid(panels: int, columns: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `panels` axes in rows of `columns`; `height` of a row in inches, legend and titles not counted."""
+    """A figure of `panels` axes in rows of `columns`; `height` of a row in inches, the legend not counted."""
     columns = min(columns, panels)
     rows = -(-panels // columns)
     layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08, hspace=0.04)
-    figure = Figure(figsize=(WIDTH, rows * height + 0.6), layout=layout)
+    figure = Figure(figsize=(WIDTH, rows * height + 0.2), layout=layout)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for empty in axes[panels:]:
         empty.set_axis_off()
@@ -106,14 +106,16 @@ def label_axes(axes: Axes, x: str, y: str, whole_x: bool = True) -> None:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """One legend below all panels, in as few rows as the labels allow."""
+    """One legend below all panels, in as few rows as the labels allow; the figure grows by it. Call it last."""
     handles, names = axes.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
     if not unique:
         return
     longest = max(len(name) for name in unique)
     most = max(1, min(len(unique), int(90 / (longest + 8))))
-    columns = -(-len(unique) // -(-len(unique) // most))  # as many rows as with `most`, evenly filled
+    rows = -(-len(unique) // most)
+    columns = -(-len(unique) // rows)  # as many rows as with `most`, evenly filled
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows)
     figure.legend(
         unique.values(),
         unique.keys(),
