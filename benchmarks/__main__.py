@@ -21,8 +21,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from benchmarks.common import Row, benchmark_parser, device_of, machine, read_rows, table
-from sphere.cli import run_cli
+from benchmarks.common import Row, device_of, machine, read_rows, table
+from sphere.cli import make_parser, run_cli
 from sphere.files import atomic_path
 
 FOLDER = Path(__file__).parent
@@ -37,10 +37,10 @@ NAMES = (
 )
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m benchmarks` (`make bench`). Each row is a fast path of `sphere` beside a plain implementation of the
-same mathematics in `benchmarks/plain/`, both in one process, taking turns, medians of the turns. "Largest difference" is
-relative, of the results; what exactly is compared, each script's docstring says. "Extra memory" is the peak above what
-was held before the call. "Goal" is the ratio that the project set itself, where it did.
+Written by `python -m benchmarks` (`make bench`). Each row is a fast path of `sphere` beside a plain implementation of
+the same mathematics in `benchmarks/plain/`, both in one process, taking turns, medians of the turns. "Largest
+difference" is relative, of the results; what exactly is compared, each script's docstring says. "Extra memory" is the
+peak above what was held before the call. "Goal" is the ratio that the project set itself, where it did.
 """
 
 
@@ -62,8 +62,9 @@ def section(
     """The Markdown of what has been measured on a device."""
     facts = machine(device_of(args))
     chosen = "" if args.only is None else f" --only {' '.join(args.only)}"
+    command = f"python -m benchmarks --device {args.device}{chosen}"
     lines = [
-        f"`python -m benchmarks --device {args.device}{chosen}`, {time.strftime('%Y-%m-%d')}, {seconds / 60:.1f} minutes.",
+        f"`{command}`, {time.strftime('%Y-%m-%d')}, {seconds / 60:.1f} minutes.",
         "",
         *(f"- {key}: {value}" for key, value in facts.items()),
         "",
@@ -86,7 +87,10 @@ def write_section(path: Path, title: str, body: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run, print and write; the exit code is 1 where a script failed or a goal was missed."""
-    parser = benchmark_parser(__doc__)
+    parser = make_parser(__doc__)
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda or cuda:<index>; cuda takes the real sizes"
+    )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=None, help="some of the benchmarks")
     parser.add_argument("--output", type=Path, default=FOLDER / "results.md")
     args = parser.parse_args(argv)

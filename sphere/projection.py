@@ -3,6 +3,10 @@
 The rows of W (out x in) are neurons; normalised, they lie on a hypersphere, and W_hat^T W_hat / out tells in which
 directions they crowd. An update's part in the leading r of these directions is suppressed (SPHERE, arXiv 2510.01172,
 section 4). Takes any weight and any update; knows nothing of models or methods.
+
+The spectrum of a trained weight falls slowly where it is cut, and r is a good part of the smaller side: the whole
+decomposition of the smaller side is faster than any method for a few leading eigenpairs, and than one that starts from
+the directions of the batch before (`python -m benchmarks.principal_directions --warm_start`).
 """
 
 from __future__ import annotations
