@@ -21,6 +21,8 @@ from sphere.report.style import GREY, WIDTH, Style, grid, label_axes, legend, st
 from sphere.summary import THIRDS
 
 EDITS = "Number of edits"
+OUTERMOST = 1e-4  # share of the pairs of neurons that a histogram leaves out, as a few outliers would squeeze the rest
+MOST_BANDS = 4  # runs above which bands would cover each other
 SCORE_PARTS = {
     "counterfact": {
         "score": "Score",
@@ -84,14 +86,15 @@ def energy_change(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | No
         mean = [factor * fmean(column) for column in columns]
         low, high = ([factor * end(column) for column in columns] for end in (min, max))
         _line(axes, x, mean, run, look)
-        axes.fill_between(x, low, high, color=look[run.label].color, alpha=0.12, linewidth=0)
+        if len(shown) <= MOST_BANDS:
+            axes.fill_between(x, low, high, color=look[run.label].color, alpha=0.12, linewidth=0)
     axes.axhline(0, color=GREY, linewidth=0.8)
     label_axes(axes, EDITS, f"Change of hyperspherical energy ({unit})")
-    legend(figure, axes)
+    legend(figure)
     caption = (
         "Hyperspherical energy of each edited weight's neurons, relative to the unedited weight. Lines: mean over the "
-        "edited weights; bands: their smallest and largest change. Close to zero is what SPHERE aims at; ppm are parts "
-        "per million."
+        "edited weights; bands (with up to four runs): their smallest and largest change. Close to zero is what SPHERE "
+        "aims at; ppm are parts per million."
     )
     return Drawn("energy_change", "Energy change against number of edits", caption, figure)
 
@@ -126,7 +129,7 @@ def score(runs: Sequence[RunData], look: dict[str, Style], suffix: str) -> Drawn
         axes.set_title(name)
         label_axes(axes, EDITS, "%")
         axes.set_ylim(*_percent_limits(axes))
-    legend(figure, panels[0])
+    legend(figure)
     caption = (
         "Each checkpoint scored on all facts edited up to it. The score is the harmonic mean of the other three. Bars: "
         "95 % bootstrap interval over the facts (it says nothing of other seeds or other orders of editing). Points of "
@@ -203,7 +206,7 @@ def energy_against_score(runs: Sequence[RunData], look: dict[str, Style], suffix
         axes.plot(scaled, y, label=run.label, **look[run.label].line | {"linestyle": "none"})
     axes.margins(0.06)
     label_axes(axes, f"Size of the energy change ({unit})", "Score (%)", whole_x=False)
-    legend(figure, axes)
+    legend(figure)
     caption = (
         "One point per checkpoint: mean over the edited weights of the relative change of the energy, without its "
         "sign, and the score. The table gives Spearman's rank correlation."
@@ -226,7 +229,7 @@ def retention(runs: Sequence[RunData], look: dict[str, Style], suffix: str) -> D
     label_axes(axes, "When the fact was edited", "Score after all edits (%)")
     axes.set_xticks(range(len(THIRDS)), [f"{name} third" for name in THIRDS])
     axes.set_ylim(*_percent_limits(axes))
-    legend(figure, axes)
+    legend(figure)
     caption = (
         "The last checkpoint's score, split by when a fact was edited: a first third below the last one is forgetting. "
         "Bars: 95 % bootstrap interval over the facts."
@@ -254,11 +257,11 @@ def cosines(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | None:
         _cosine_panels(panels[2 * index], panels[2 * index + 1], group, look)
         if len(groups) > 1:
             panels[2 * index].set_title(group[0].model)
-    axes = panels[0]
-    legend(figure, axes)
+    legend(figure)
     caption = (
         "Cosine similarity of all pairs of neurons, of all edited weights together, before editing and after the last "
-        "edit (above, logarithmic), and what editing changed (below). Wider tails mean that neurons crowd."
+        "edit (above, logarithmic), and what editing changed (below). Wider tails mean that neurons crowd. The "
+        "outermost 1 in 10,000 pairs are not shown."
     )
     return Drawn("cosines", "Neuron cosines before and after", caption, figure)
 
@@ -271,7 +274,7 @@ def _cosine_panels(above: Axes, below: Axes, runs: Sequence[RunData], look: dict
     for run, density in zip(runs, others, strict=True):
         line = {**look[run.label].line, "marker": None, "linewidth": 1.2}
         above.plot(middle, density, label=run.label, **line)
-        below.plot(middle, density - first, **line)
+        below.plot(middle, np.nan_to_num(density) - np.nan_to_num(first), **line)
     above.fill_between(
         edges[:-1], first, step="post", color="#c8c8c8", label="before editing", linewidth=0, zorder=0
     )
@@ -288,16 +291,16 @@ def _cosine_panels(above: Axes, below: Axes, runs: Sequence[RunData], look: dict
     below.set_xlabel("Cosine similarity of two neurons")
 
 
-def densities(histograms: Sequence[Histogram], bins: int = 80) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Histograms over common, coarser bins that hold all but the outermost 1 in 100,000 pairs.
+def densities(histograms: Sequence[Histogram], bins: int = 40) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Histograms over common, coarser bins that hold all but the outermost 1 in 10,000 pairs.
 
     Returns:
-        edges (bins + 1), and a density (bins) of each histogram.
+        edges (bins + 1), and a density (bins) of each histogram; NaN where there is no pair.
     """
     edges = np.array(histograms[0]["edges"])
     counts = np.array([h["counts"] for h in histograms], dtype=float)
     occupied = np.cumsum(counts.sum(0)) / counts.sum()
-    low, high = np.searchsorted(occupied, [5e-6, 1 - 5e-6])
+    low, high = np.searchsorted(occupied, [OUTERMOST / 2, 1 - OUTERMOST / 2])
     width = max(1, -(-(int(high) - int(low) + 1) // bins))
     low = max(0, int(low) - 1)
     bins = min(bins, (counts.shape[1] - low) // width)
@@ -325,7 +328,7 @@ def downstream(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | None:
         axes.set_title(TASK_NAMES.get(task, task))
         label_axes(axes, EDITS, "Accuracy (%)")
         axes.set_ylim(*_percent_limits(axes))
-    legend(figure, panels[0])
+    legend(figure)
     caption = (
         "Accuracy on reasoning (GSM8K with the worked solution as a hint), NLI (RTE), open-domain QA (Natural "
         "Questions with a passage; a soft exact match is correct) and closed-domain QA (BoolQ). 0 edits is the "
@@ -361,7 +364,7 @@ def principal_share(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | 
             )
     axes.set_ylim(bottom=0)
     label_axes(axes, EDITS, "Share of the update in the\nprincipal directions (%)")
-    legend(figure, axes)
+    legend(figure)
     caption = (
         "‖ΔU‖² / ‖Δ‖², the share of each update that lies in the weight's principal directions U, mean over the edited "
         "weights: as written, and (dotted) as the solver found it, before the SPHERE hook. Runs without SPHERE are "

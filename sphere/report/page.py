@@ -102,16 +102,17 @@ def _lead(runs: Sequence[RunData]) -> str:
     datasets = " and ".join(dict.fromkeys(str(run.config.get("ds_name", "unknown data")) for run in runs))
     edits = [run.n_edits for run in runs]
     count = f"{min(edits)}" if min(edits) == max(edits) else f"{min(edits)} to {max(edits)}"
-    return f"{count} sequential edits of {models} with facts of {datasets}."
+    return f"{count} sequential edits of {models}. Dataset: {datasets}."
 
 
 def _described(run: RunData) -> dict[str, Any]:
     shown = {key: value for key, value in run.config.items() if key not in HIDDEN}
+    commands = [edit_command(run)]
+    commands += [score_command(run)] if run.summary else []
+    commands += [downstream_command(run)] if run.downstream else []
     return {
         "label": run.label,
         "folder": str(run.folder),
-        "edit": edit_command(run),
-        "score": score_command(run) if run.summary else None,
-        "downstream": downstream_command(run) if run.downstream else None,
+        "commands": [command for command in commands if command],
         "configuration": json.dumps(shown, indent=2, ensure_ascii=False),
     }

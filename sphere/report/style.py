@@ -105,10 +105,12 @@ def label_axes(axes: Axes, x: str, y: str, whole_x: bool = True) -> None:
     axes.ticklabel_format(axis="both", useOffset=False, style="plain")
 
 
-def legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure) -> None:
     """One legend below all panels, in as few rows as the labels allow; the figure grows by it. Call it last."""
-    handles, names = axes.get_legend_handles_labels()
-    unique = dict(zip(names, handles, strict=True))
+    unique: dict[str, Any] = {}
+    for axes in figure.axes:
+        handles, names = axes.get_legend_handles_labels()
+        unique = dict(zip(names, handles, strict=True)) | unique
     if not unique:
         return
     longest = max(len(name) for name in unique)
