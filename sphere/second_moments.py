@@ -32,21 +32,43 @@ from sphere.templates import padding_id
 
 log = logging.getLogger(__name__)
 
+TRAVELLING_TOKENS = 8192  # keys that make one product where its sum is on another device
+
+STRIPS = 8  # of a product's rows: (8 + 1) / 16 of it is computed
+MIN_STRIP = 64
+
 
 def collect_second_moments(
-    stack: LayerStack, token_ids: Iterable[Sequence[int]], *, batch_tokens: int, pad: int = 0
+    stack: LayerStack,
+    token_ids: Iterable[Sequence[int]],
+    *,
+    batch_tokens: int,
+    pad: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[dict[int, Tensor], int]:
     """E[k k^T] over all tokens, for every edited layer in one pass; float32 blocks added up in float64.
 
     Args:
         token_ids: documents, each a sequence of token ids.
         batch_tokens: how many (padded) tokens one forward pass may hold.
+        device: where the sums are kept, by default with their layers; elsewhere, keys wait for those of later passes,
+            so that fewer products travel.
 
     Returns:
-        layer -> (in x in) float64 on the layer's device, and the number of tokens.
+        layer -> (in x in) float64 on `device`, and the number of tokens.
     """
-    sums: dict[int, Tensor] = {}
-    count = 0
+    sums: dict[int, _Sum] = {}
+    waiting: dict[int, list[Tensor]] = {}  # layer -> keys, (tokens x in) each
+    count = waiting_tokens = 0
+
+    def add_up() -> None:
+        for layer, parts in waiting.items():
+            keys = torch.cat(parts) if len(parts) > 1 else parts[0]
+            if layer not in sums:
+                sums[layer] = _Sum(keys.shape[1], device or keys.device)
+            sums[layer].add(keys)
+        waiting.clear()
+
     with torch.no_grad():
         for batch in _batches(token_ids, batch_tokens):
             width = max(len(ids) for ids in batch)
@@ -55,13 +77,46 @@ def collect_second_moments(
             mask = torch.arange(width, device=stack.device)[None] < lengths[:, None]  # rows x width
             inputs = {"input_ids": ids, "attention_mask": mask.long(), "use_cache": False}
             for layer, k in stack.module_inputs(inputs).items():
-                k = k[mask.to(k.device)].float()  # tokens x in
-                block = (k.T @ k).double()
-                sums[layer] = block if layer not in sums else sums[layer].add_(block)
-            count += sum(len(x) for x in batch)
+                waiting.setdefault(layer, []).append(k[mask.to(k.device)])
+            tokens = sum(len(x) for x in batch)
+            count, waiting_tokens = count + tokens, waiting_tokens + tokens
+            if device is None or waiting_tokens >= TRAVELLING_TOKENS:
+                add_up()
+                waiting_tokens = 0
+        add_up()
     if not count:
         raise SphereError("The corpus of the second moments holds no tokens: give mom2_dataset another one.")
-    return {layer: total / count for layer, total in sums.items()}, count
+    return {layer: total.whole().div_(count) for layer, total in sums.items()}, count
+
+
+class _Sum:
+    """Sum of k k^T (in x in) in float64: only its lower triangle is computed, a strip of rows at a time.
+
+    Args:
+        size: in.
+        device: where the sum is kept; the products are computed where the keys are.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.total = torch.zeros(size, size, dtype=torch.float64, device=device)
+        height = max(MIN_STRIP, -(-size // STRIPS))
+        self.strips = [(start, min(start + height, size)) for start in range(0, size, height)]
+
+    def add(self, keys: Tensor) -> None:
+        """Add keys (tokens x in), multiplied in float32."""
+        halves = keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16)
+        keys = keys if halves else keys.float()
+        for start, end in self.strips:
+            left, right = keys[:, start:end].T, keys[:, :end]
+            # A GPU multiplies halves as they are: their products are exact in the float32 that it adds up in.
+            product = torch.mm(left, right, out_dtype=torch.float32) if halves else left @ right
+            self.total[start:end, :end] += product.to(self.total.device)
+
+    def whole(self) -> Tensor:
+        """The symmetric sum."""
+        for start, end in self.strips:
+            self.total[:start, start:end] = self.total[start:end, :start].T
+        return self.total
 
 
 def _batches(token_ids: Iterable[Sequence[int]], budget: int) -> Iterator[list[Sequence[int]]]:
@@ -209,7 +264,11 @@ class SecondMoments:
             leave=False,
         )
         moments, tokens = collect_second_moments(
-            self.stack, bar, batch_tokens=self.batch_tokens, pad=padding_id(self.tokenizer)
+            self.stack,
+            bar,
+            batch_tokens=self.batch_tokens,
+            pad=padding_id(self.tokenizer),
+            device=torch.device("cpu") if self.keep_on_cpu else None,
         )
         rate = bar.format_dict["elapsed"]
         log.info("Second moments over %d tokens, %.0f tokens/s.", tokens, tokens / max(rate, 1e-9))
