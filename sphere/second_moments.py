@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.corpus import MAX_TOKENS, corpus_key, documents
 from sphere.errors import SphereError
-from sphere.files import atomic_path
+from sphere.files import atomic_path, remove_leftovers
 from sphere.hparams import HParams
 from sphere.layers import LayerStack, packs, pad_right
 from sphere.models import DTYPES, Fingerprint
@@ -217,7 +217,9 @@ class SecondMoments:
         if not missing:
             return
         log.info("Second moments of layers %s are not in %s: computing them.", missing, self.folder)
-        with _alone(self.path(missing[0]).parent):
+        folder = self.path(missing[0]).parent
+        with _alone(folder):
+            remove_leftovers(folder)  # of killed jobs: a gigabyte each for a 7B model
             if self._load():  # still: no other job has computed them meanwhile
                 self._compute()
 
