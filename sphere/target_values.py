@@ -1,17 +1,18 @@
 """Target values z: what the last edited layer should put out at the subject's last token (ROME, eq. 4; MEMIT, eq. 14).
 
 All requests of a batch are optimised together, and nothing is computed that cannot change the result:
-positions before the lookup token are constant, so their attention keys and values are kept from one first pass;
-layers up to z see no change, so the loop starts above them; logits are formed only where they are scored; a request
-whose loss is small enough leaves the loop with all its rows.
+positions before the lookup token are constant, so their attention keys and values are kept from one first pass, and
+what the rows of a context template share is run once; layers up to z see no change, so the loop starts above them;
+the top layer's MLP and the logits are computed only where they are scored; a request whose loss is small enough leaves
+the loop with all its rows; the last step, which takes no update, needs no gradient.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.hparams import TargetHParams
-from sphere.layers import LayerStack, Recording, inference, pad_left, pad_right
+from sphere.layers import LayerStack, Recording, inference, packs
+from sphere.prefixes import Places, PrefixStore
 from sphere.requests import EditRequest
 from sphere.templates import BARE, fill, padding_id
 from sphere.tokenization import encode, encode_pair, subject_token
@@ -51,13 +53,33 @@ class TargetValues:
 
 @dataclass(frozen=True)
 class _Row:
-    """One sequence: its tokens, the lookup position and what is scored (nothing for the KL row)."""
+    """One sequence: its tokens, the lookup position and what is measured.
+
+    Attributes:
+        request: index of its request in the batch.
+        template: rows of one template begin alike.
+        scored: (position, label) of the target's tokens.
+        essence: whether the next-token distribution at the lookup position enters the KL term.
+        bare: the prompt alone, without a context before it: gives h0.
+    """
 
     request: int
+    template: str
     ids: list[int]
     lookup: int
-    scored: tuple[tuple[int, int], ...] = ()  # (position, label)
-    bare: bool = False  # the prompt alone, without a context before it: gives h0
+    scored: tuple[tuple[int, int], ...] = ()
+    essence: bool = False
+    bare: bool = False
+
+    @property
+    def prefix(self) -> list[int]:
+        """The constant tokens."""
+        return self.ids[: self.lookup]
+
+    @property
+    def suffix(self) -> list[int]:
+        """The tokens that see delta: from the lookup token on."""
+        return self.ids[self.lookup :]
 
 
 def compute_target_values(
@@ -73,8 +95,8 @@ def compute_target_values(
     """Optimise delta at the output of the last edited layer for all requests at once.
 
     Args:
-        templates: groups of context templates with one `{}`.
-        batch_tokens: how many (padded) tokens one micro-batch may hold.
+        templates: groups of context templates with one `{}`, the bare "{}" among them.
+        batch_tokens: how many (padded) tokens one micro-batch may compute.
 
     Returns:
         z (n x d) and what the optimisation did.
@@ -82,10 +104,16 @@ def compute_target_values(
     Raises:
         SphereError: a subject that is not in its prompt, or a loss that is not finite (the case is named).
     """
+    flat = [template for group in templates for template in group]
+    if BARE not in flat:
+        raise SphereError(
+            f"The context templates {flat} lack the bare '{BARE}', at which h0 is read: add it."
+        )
+    top = hparams.v_loss_layer == stack.n_layers - 1
     rows = [
         row
         for index, request in enumerate(requests)
-        for row in _rows(tokenizer, index, request, [t for group in templates for t in group])
+        for row in _rows(tokenizer, index, request, flat, kl=hparams.kl_factor != 0, merge=top)
     ]
     with inference(stack.model):
         loop = _Loop(stack, hparams, requests, rows, padding_id(tokenizer), batch_tokens)
@@ -93,10 +121,23 @@ def compute_target_values(
 
 
 def _rows(
-    tokenizer: PreTrainedTokenizerBase, index: int, request: EditRequest, templates: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    index: int,
+    request: EditRequest,
+    templates: Sequence[str],
+    *,
+    kl: bool,
+    merge: bool,
 ) -> list[_Row]:
-    """A request in every template with its target behind it, and the essence row for the KL term."""
+    """A request in every template with its target behind it, and "{subject} is a" up to its lookup token.
+
+    Args:
+        kl: whether the KL term counts.
+        merge: whether a bare prompt that begins with the subject may stand in for "{subject} is a".
+    """
     what, rows = f"case {request.case_id}", []
+    essence = encode(tokenizer, ESSENCE.format(request.subject))
+    seen = essence.ids[: subject_token(tokenizer, essence, len(request.subject), what) + 1]
     for template in templates:
         filled = fill(template, request)
         ids, start = encode_pair(tokenizer, filled.text, request.target_new)
@@ -106,73 +147,64 @@ def _rows(
                 f"The subject of {what} shares its last token with the target: check the prompt."
             )
         scored = tuple((position - 1, ids[position]) for position in range(start, len(ids)))
-        rows.append(_Row(index, ids[:-1], lookup, scored, bare=template == BARE))
-    essence = ESSENCE.format(request.subject)
-    encoded = encode(tokenizer, essence)
-    lookup = subject_token(tokenizer, encoded, len(request.subject), what)
-    rows.append(_Row(index, encoded.ids[: lookup + 1], lookup))
+        stands_in = kl and merge and ids[: lookup + 1] == seen
+        kl = kl and not stands_in
+        rows.append(_Row(index, template, ids[:-1], lookup, scored, stands_in, template == BARE))
+    if kl:
+        rows.append(_Row(index, ESSENCE, seen, len(seen) - 1, essence=True))
     return rows
 
 
 class _Pack:
-    """Rows computed together: constant prefixes as a cache, and the hidden states of the suffixes below the loop."""
+    """Rows computed together: the hidden states of their suffixes entering the loop, and where they are measured."""
 
-    def __init__(self, stack: LayerStack, rows: Sequence[_Row], pad: int, z_layer: int, last: int) -> None:
-        device = stack.device
-        self.bare = [(i, r.request) for i, r in enumerate(rows) if r.bare]
-        prefixes = [r.ids[: r.lookup] for r in rows]
-        suffixes = [r.ids[r.lookup :] for r in rows]
-        before, after = max(map(len, prefixes)), max(map(len, suffixes))
-        columns = torch.arange(before + after, device=device)[None]
-        starts = before - torch.tensor([len(p) for p in prefixes], device=device)[:, None]
-        ends = before + torch.tensor([len(s) for s in suffixes], device=device)[:, None]
-        mask = ((columns >= starts) & (columns < ends)).long()  # rows x (before + after)
-        positions = (columns - starts).clamp(min=0)
-        inputs: dict[str, Any] = {
-            "input_ids": pad_right(suffixes, after, pad, device),
-            "attention_mask": mask,
-            "position_ids": positions[:, before:],
-            "use_cache": False,
-        }
+    def __init__(
+        self,
+        stack: LayerStack,
+        store: PrefixStore,
+        rows: list[_Row],
+        places: list[Places],
+        first: int,
+        last: int,
+    ) -> None:
+        self.last = last
         with torch.no_grad():
-            if before:
-                cache = stack.fill_cache(
-                    {
-                        "input_ids": pad_left(prefixes, before, pad, device),
-                        "attention_mask": mask[:, :before],
-                        "position_ids": positions[:, :before],
-                    }
-                )
-                inputs |= {"past_key_values": cache, "use_cache": True}
-            self.recording: Recording = stack.record(inputs, z_layer + 1, last)
+            self.recording: Recording = stack.record(
+                store.inputs(places, [row.suffix for row in rows]), first, last
+            )
+        self.kl_reference: Tensor | None = None  # essence rows x vocabulary, of the first step
+        self._index(rows)
+
+    def _index(self, rows: list[_Row]) -> None:
         device = self.recording.hidden.device  # delta's, which need not be that of the token ids
-        self.requests = torch.tensor([r.request for r in rows], device=device)
-        entries = [(i, p - r.lookup, y, 1 / len(r.scored)) for i, r in enumerate(rows) for p, y in r.scored]
-        self.score_row = torch.tensor([e[0] for e in entries], dtype=torch.long, device=device)
-        self.score_position = torch.tensor([e[1] for e in entries], dtype=torch.long, device=device)
-        self.labels = torch.tensor([e[2] for e in entries], dtype=torch.long, device=device)
-        self.weights = torch.tensor([e[3] for e in entries], device=device)  # 1 / target tokens of the row
-        self.kl_reference: Tensor | None = None  # rows x vocabulary, of the first step
+        self.rows = rows
+        self.requests = torch.tensor([row.request for row in rows], device=device)
+        scored = [(i, p - row.lookup, y) for i, row in enumerate(rows) for p, y in row.scored]
+        essence = [(i, 0) for i, row in enumerate(rows) if row.essence]
+        points = {point: n for n, point in enumerate(dict.fromkeys([(i, p) for i, p, _ in scored] + essence))}
 
-    def keep(self, alive: Tensor) -> None:
-        """Drop the rows of requests that are done.
+        def tensor(values: list[float], dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
 
-        Args:
-            alive: (n requests,) bool.
-        """
-        mask = alive[self.requests]
-        rows = mask.nonzero()[:, 0]
-        if len(rows) == len(self.requests) or len(rows) == 0:
-            self.requests = self.requests[rows]
+        self.point_row, self.point_position = tensor([i for i, _ in points]), tensor([p for _, p in points])
+        self.score_point = tensor([points[i, p] for i, p, _ in scored])
+        self.labels = tensor([y for _, _, y in scored])
+        self.shares = tensor([1 / len(rows[i].scored) for i, _, _ in scored], torch.float32)
+        self.score_request = tensor([rows[i].request for i, _, _ in scored])
+        self.kl_point = tensor([points[point] for point in essence])
+        self.kl_request = tensor([rows[i].request for i, _ in essence])
+
+    def keep(self, alive: Sequence[bool]) -> None:
+        """Drop the rows of requests that are done."""
+        kept = [i for i, row in enumerate(self.rows) if alive[row.request]]
+        if len(kept) == len(self.rows):
             return
-        self.recording = self.recording.select(rows)
-        renumber = torch.cumsum(mask, 0) - 1
-        kept = mask[self.score_row]
-        self.score_row, self.score_position = renumber[self.score_row[kept]], self.score_position[kept]
-        self.labels, self.weights = self.labels[kept], self.weights[kept]
+        if kept:
+            self.recording = self.recording.select(torch.tensor(kept, device=self.recording.hidden.device))
         if self.kl_reference is not None:
-            self.kl_reference = self.kl_reference[rows]
-        self.requests = self.requests[rows]
+            essence = [alive[row.request] for row in self.rows if row.essence]
+            self.kl_reference = self.kl_reference[torch.tensor(essence, device=self.kl_reference.device)]
+        self._index([self.rows[i] for i in kept])
 
 
 class _Loop:
@@ -188,34 +220,33 @@ class _Loop:
         batch_tokens: int,
     ) -> None:
         self.stack, self.hparams, self.edits = stack, hparams, requests
-        self.z_layer, self.loss_layer = max(hparams.layers), hparams.v_loss_layer
-        if self.loss_layer < self.z_layer:
+        self.z_layer = max(hparams.layers)
+        if hparams.v_loss_layer < self.z_layer:
             raise SphereError(
-                f"v_loss_layer {self.loss_layer} lies below the last edited layer {self.z_layer}: raise it."
+                f"v_loss_layer {hparams.v_loss_layer} lies below the last edited layer {self.z_layer}: raise it."
             )
-        scored = [r for r in rows if r.scored]
-        self.prompts_per_request = len(scored) // len(requests)
-        self.nll_packs = self._packs(scored, pad, self.loss_layer, batch_tokens)
-        essence = [r for r in rows if not r.scored]
-        self.kl_packs = self._packs(essence, pad, stack.n_layers - 1, batch_tokens)
-        bare = {request: p.recording.hidden[i, 0] for p in self.nll_packs for i, request in p.bare}
+        self.prompts_per_request = sum(bool(row.scored) for row in rows) // len(requests)
+        self.packs = self._pack(rows, PrefixStore(stack, pad, batch_tokens))
+        bare = {
+            r.request: p.recording.hidden[i, 0] for p in self.packs for i, r in enumerate(p.rows) if r.bare
+        }
         h0 = torch.stack([bare[i] for i in range(len(requests))])  # n x d
         self.h0 = h0.to(torch.promote_types(h0.dtype, torch.float32))
         self.h0_norm = self.h0.norm(dim=1)  # n
 
-    def _packs(self, rows: Sequence[_Row], pad: int, last: int, batch_tokens: int) -> list[_Pack]:
-        """Rows sorted by suffix, then prefix length, cut so that a padded group holds at most `batch_tokens`."""
-        groups: list[list[_Row]] = []
-        before = 0
-        for row in sorted(rows, key=lambda r: (len(r.ids) - r.lookup, r.lookup)):
-            before = max(before, row.lookup)
-            width = before + len(row.ids) - row.lookup
-            if groups and (len(groups[-1]) + 1) * width <= batch_tokens:
-                groups[-1].append(row)
-            else:
-                groups.append([row])
-                before = row.lookup
-        return [_Pack(self.stack, group, pad, self.z_layer, last) for group in groups]
+    def _pack(self, rows: Sequence[_Row], store: PrefixStore) -> list[_Pack]:
+        """Micro-batches of rows with suffixes of similar length that end at the same layer."""
+        places = store.add([row.prefix for row in rows], [row.template for row in rows])
+        top, result = self.stack.n_layers - 1, []
+        last = [top if row.essence else self.hparams.v_loss_layer for row in rows]
+        for layer in sorted(set(last)):
+            chosen = [i for i in range(len(rows)) if last[i] == layer]
+            lengths = [len(rows[i].suffix) for i in chosen]
+            for group in packs(lengths, store.batch_tokens, self.stack.pass_overhead):
+                group = [chosen[i] for i in group]
+                own, behind = [rows[i] for i in group], [places[i] for i in group]
+                result.append(_Pack(self.stack, store, own, behind, self.z_layer + 1, layer))
+        return result
 
     def optimise(self, progress: bool) -> TargetValues:
         """Adam on delta (n x d); a request that is done keeps the z it had then."""
@@ -226,64 +257,73 @@ class _Loop:
         losses = self.h0.new_zeros(n)
         taken = torch.zeros(n, dtype=torch.long, device=self.h0.device)
         alive = torch.ones(n, dtype=torch.bool, device=self.h0.device)
+        watch = _Watch(self.h0.device)
         bar = tqdm(range(steps), desc="target z", unit="step", leave=False, disable=not progress)
         for step in bar:
+            last = step == steps - 1
             adam.zero_grad(set_to_none=False)
-            now = self._losses_with_gradients(delta)
+            now = self._losses(delta, gradient=not last)
             losses = torch.where(alive, now, losses)
             taken += alive
-            finished = alive & (now < LOSS_TOLERANCE) if step < steps - 1 else alive.clone()
-            final[finished] = delta.detach()[finished]
+            finished = alive if last else alive & (now < LOSS_TOLERANCE)
+            final = torch.where(finished[:, None], delta.detach(), final)
             alive = alive & ~finished
-            counts = torch.stack([alive.sum(), finished.sum(), (~torch.isfinite(now)).sum()]).tolist()
-            if counts[2]:
-                self._report_not_finite(now, step)
-            if not counts[0]:
+            if last:
                 break
-            bar.set_postfix(open=counts[0], loss=f"{now[alive].mean().item():.3f}", refresh=False)
-            if counts[1]:
-                self._drop(alive)
             adam.step()
             self._clamp(delta)
+            seen = watch.read(alive, losses)
+            if seen is None:
+                continue
+            is_open, mean_loss = seen
+            if not any(is_open) or not math.isfinite(mean_loss):
+                break
+            bar.set_postfix(open=sum(is_open), loss=f"{mean_loss:.3f}", refresh=False)
+            self._drop(is_open)
         bar.close()
+        if not torch.isfinite(losses).all():
+            self._report_not_finite(losses, taken)
         log.debug("target z: losses %s, steps %s", losses.tolist(), taken.tolist())
         return TargetValues(self.h0 + final, self.h0, losses, taken)
 
-    def _losses_with_gradients(self, delta: Tensor) -> Tensor:
+    def _losses(self, delta: Tensor, gradient: bool) -> Tensor:
         """Loss of each request (n,); its gradient is added to delta.grad, one micro-batch after the other."""
-        total = self.h0.new_zeros(len(self.edits))
-        for pack, essence in [(p, False) for p in self.nll_packs] + [(p, True) for p in self.kl_packs]:
-            part = self._kl(pack, delta) if essence else self._nll(pack, delta)
-            part.sum().backward()
-            total += part.detach()
-        decay = self.hparams.v_weight_decay * delta.norm(dim=1) / self.h0_norm**2
-        decay.sum().backward()
-        return total + decay.detach()
+        total = torch.zeros_like(self.h0_norm)
+        with torch.set_grad_enabled(gradient):
+            for part in [*(self._pack_losses(pack, delta) for pack in self.packs), self._decay(delta)]:
+                if gradient:
+                    part.sum().backward()
+                total += part.detach()
+        return total
 
-    def _edited(self, pack: _Pack, delta: Tensor, last: int) -> Tensor:
-        """Suffix hidden states (rows x positions x d) leaving layer `last`, with delta at the lookup position."""
-        hidden = pack.recording.hidden
+    def _pack_losses(self, pack: _Pack, delta: Tensor) -> Tensor:
+        """What a pack adds to each request's loss (n,).
+
+        The mean over prompts of the mean negative log-likelihood of the target's tokens, and
+        kl_factor * KL(now || first step) of the next token after "{subject} is a"'s lookup position.
+        """
+        hidden = pack.recording.hidden  # rows x positions x d; the lookup position comes first
         at_lookup = hidden[:, 0].to(delta.dtype) + delta[pack.requests]  # rows x d
         hidden = torch.cat([at_lookup.to(hidden.dtype)[:, None], hidden[:, 1:]], dim=1)
-        return self.stack.run(pack.recording, hidden, self.z_layer + 1, last)
+        points = self.stack.run_at(
+            pack.recording, hidden, self.z_layer + 1, pack.last, pack.point_row, pack.point_position
+        )
+        logits = self.stack.logits(points)  # points x vocabulary
+        scored, labels = pack.score_point.to(logits.device), pack.labels.to(logits.device)
+        nll = F.cross_entropy(logits[scored], labels, reduction="none").to(delta)
+        total = torch.zeros_like(self.h0_norm)
+        total = total.index_add(0, pack.score_request, nll * pack.shares.to(delta) / self.prompts_per_request)
+        if len(pack.kl_point):
+            now = F.log_softmax(logits[pack.kl_point.to(logits.device)], dim=-1)  # essence rows x vocabulary
+            if pack.kl_reference is None:
+                pack.kl_reference = now.detach()
+            kl = F.kl_div(pack.kl_reference, now, log_target=True, reduction="none").sum(dim=1).to(delta)
+            total = total.index_add(0, pack.kl_request, self.hparams.kl_factor * kl)
+        return total
 
-    def _nll(self, pack: _Pack, delta: Tensor) -> Tensor:
-        """Mean over prompts of the mean negative log-likelihood of the target's tokens: (n,)."""
-        hidden = self._edited(pack, delta, self.loss_layer)
-        row, position = pack.score_row.to(hidden.device), pack.score_position.to(hidden.device)
-        logits = self.stack.logits(hidden[row, position])  # scored x vocabulary
-        nll = F.cross_entropy(logits, pack.labels.to(logits.device), reduction="none").to(delta)
-        share = nll * pack.weights.to(delta) / self.prompts_per_request
-        return delta.new_zeros(len(self.edits)).index_add(0, pack.requests[pack.score_row], share)
-
-    def _kl(self, pack: _Pack, delta: Tensor) -> Tensor:
-        """kl_factor * KL(now || first step) of the next token after "{subject} is a"'s lookup position: (n,)."""
-        hidden = self._edited(pack, delta, self.stack.n_layers - 1)
-        now = F.log_softmax(self.stack.logits(hidden[:, 0]), dim=-1)  # rows x vocabulary
-        if pack.kl_reference is None:
-            pack.kl_reference = now.detach()
-        kl = F.kl_div(pack.kl_reference, now, log_target=True, reduction="none").sum(dim=1).to(delta)
-        return delta.new_zeros(len(self.edits)).index_add(0, pack.requests, self.hparams.kl_factor * kl)
+    def _decay(self, delta: Tensor) -> Tensor:
+        """v_weight_decay * ||delta|| / ||h0||^2, (n,)."""
+        return self.hparams.v_weight_decay * delta.norm(dim=1) / self.h0_norm**2
 
     @torch.no_grad()
     def _clamp(self, delta: Tensor) -> None:
@@ -291,15 +331,49 @@ class _Loop:
         limit = self.hparams.clamp_norm_factor * self.h0_norm
         delta.mul_((limit / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1.0)[:, None])
 
-    def _drop(self, alive: Tensor) -> None:
-        for pack in self.nll_packs + self.kl_packs:
-            pack.keep(alive)
-        self.nll_packs = [p for p in self.nll_packs if len(p.requests)]
-        self.kl_packs = [p for p in self.kl_packs if len(p.requests)]
+    def _drop(self, is_open: Sequence[bool]) -> None:
+        for pack in self.packs:
+            pack.keep(is_open)
+        self.packs = [pack for pack in self.packs if pack.rows]
 
-    def _report_not_finite(self, losses: Tensor, step: int) -> None:
-        cases = [self.edits[i].case_id for i in (~torch.isfinite(losses)).nonzero()[:, 0].tolist()]
+    def _report_not_finite(self, losses: Tensor, taken: Tensor) -> None:
+        broken = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
+        step, cases = max(taken[broken].tolist()), [self.edits[i].case_id for i in broken]
         raise SphereError(
-            f"The loss of target z at layer {self.z_layer} is not finite at step {step + 1} for case(s) {cases}: the "
+            f"The loss of target z at layer {self.z_layer} is not finite at step {step} for case(s) {cases}: the "
             "weights may be broken (see the batches before), or try a smaller v_lr or --dtype float32."
         )
+
+
+class _Watch:
+    """Tells the host which requests are open without making a GPU wait: there, it tells of the step before.
+
+    So a request that is done may be computed once more than it need be, which does not change its z.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.late = device.type == "cuda"
+        self._told: tuple[Tensor, torch.cuda.Event | None] | None = None
+
+    def read(self, alive: Tensor, losses: Tensor) -> tuple[list[bool], float] | None:
+        """Which requests are open and the mean loss of all; None where nothing is known yet."""
+        told = self._send(torch.cat([alive.to(losses), losses.mean()[None]]))  # n + 1
+        if self.late:
+            told, self._told = self._told, told
+        if told is None:
+            return None
+        values, event = told
+        if event is not None:
+            event.synchronize()
+        *flags, mean_loss = values.tolist()
+        return [flag > 0 for flag in flags], mean_loss
+
+    def _send(self, state: Tensor) -> tuple[Tensor, torch.cuda.Event | None] | None:
+        """Start the copy to the host, and mark in the GPU's queue where it is done."""
+        if not torch.cuda.is_available() or state.device.type != "cuda":
+            return state, None
+        host = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
+        host.copy_(state, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(state.device))
+        return host, event
