@@ -42,7 +42,7 @@ test: setup-dev
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 bench: setup-dev
-	$(BIN)/python -m benchmarks.all
+	$(BIN)/python -m benchmarks
 
 lint: setup-dev
 	$(BIN)/ruff check .

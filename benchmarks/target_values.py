@@ -1,0 +1,87 @@
+"""Target values z of a batch at once, beside one request at a time through the whole model.
+
+    python -m benchmarks.target_values
+    python -m benchmarks.target_values --device cuda     # random Qwen2.5-7B
+
+The plain way optimises the first few requests of the batch, one by one; seconds and memory are per request. The
+difference is the largest of these requests' z, relative to its norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.common import Row, benchmark_parser, compare, device_of, finish, relative
+from benchmarks.keys import TEMPLATES
+from benchmarks.models import benchmark_model
+from benchmarks.plain.target_values import plain_target_values
+from sphere.cli import positive_int, run_cli
+from sphere.data import load_records
+from sphere.hparams import TargetHParams
+from sphere.layers import LayerStack
+from sphere.target_values import compute_target_values
+
+GOALS = {20: 6.0, 50: 10.0}  # requests in a batch -> wanted ratio on the CPU
+
+
+def measure(
+    model: Any, tokenizer: Any, hparams: TargetHParams, n: int, few: int, batch_tokens: int, turns: int
+) -> Row:
+    """One row, per request."""
+    stack = LayerStack(model, hparams)
+    requests = [record.request for record in load_records("starter", "data", n)]
+    few = min(few, n)
+    chosen = list(range(0, n, n // few))[:few]
+
+    def by_plain() -> Tensor:
+        return plain_target_values(model, tokenizer, [requests[i] for i in chosen], TEMPLATES, hparams).z
+
+    def fast() -> Tensor:
+        found = compute_target_values(
+            stack, tokenizer, requests, TEMPLATES, hparams, batch_tokens=batch_tokens, progress=False
+        )
+        return found.z[chosen]
+
+    row = compare(
+        "target values z, per request",
+        f"{n} requests in {sum(map(len, TEMPLATES))} templates, {hparams.v_num_grad_steps} steps",
+        by_plain,
+        fast,
+        difference=lambda a, b: max(relative(x, y) for x, y in zip(a, b, strict=True)),
+        device=stack.device,
+        turns=turns,
+        goal=GOALS.get(n) if stack.device.type == "cpu" else None,
+        note=f"plain: {few} of the requests, its memory is that of one",
+    )
+    return dataclasses.replace(
+        row,
+        plain_seconds=row.plain_seconds / few,
+        fast_seconds=row.fast_seconds / n,
+        fast_bytes=None if row.fast_bytes is None else row.fast_bytes // n,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = benchmark_parser(__doc__, turns=1)
+    parser.add_argument("--n", type=positive_int, nargs="+", default=None, help="requests of a batch")
+    parser.add_argument("--few", type=positive_int, default=4, help="requests that the plain way takes")
+    parser.add_argument(
+        "--steps", type=positive_int, default=None, help="steps (default: as many as in editing)"
+    )
+    parser.add_argument("--batch_tokens", type=positive_int, default=2048)
+    args = parser.parse_args(argv)
+    device = device_of(args)
+    model, tokenizer, hparams = benchmark_model(device)
+    if args.steps:
+        hparams = dataclasses.replace(hparams, v_num_grad_steps=args.steps)
+    counts = args.n or ([100] if device.type == "cuda" else [20, 50])
+    rows = [measure(model, tokenizer, hparams, n, args.few, args.batch_tokens, args.turns) for n in counts]
+    return finish(rows, args)
+
+
+if __name__ == "__main__":
+    run_cli(main)
