@@ -19,15 +19,13 @@ from conftest import (
     tiny_llama,
     tiny_values,
 )
+from tiny_run import TinyRun
 
 import sphere.monitor
-import sphere.run
 from experiments.evaluate import parser
 from sphere.checkpoints import read_weights
-from sphere.data import Record
 from sphere.editor import Editor
 from sphere.errors import SphereError
-from sphere.files import write_json
 from sphere.hparams import hparams_from_dict
 from sphere.hypersphere import condition_number, energy_change, hyperspherical_energy, principal_share
 from sphere.methods import get_method
@@ -150,34 +148,12 @@ def test_every_nth_batch_is_due():
 
 
 @pytest.fixture
-def run_of(tiny_tokenizer, tmp_path, monkeypatch):
+def run_of(tiny_tokenizer, tmp_path):
     """Run 6 facts in batches of 2 on a tiny model; keyword arguments change the configuration."""
-    records = [
-        Record(i, type(r)(i, r.prompt, f"{r.subject} {i}", r.target_new, r.target_true))
-        for i, r in enumerate(REQUESTS * 2)
-    ]
-    write_json(tmp_path / "hparams" / "MEMIT" / "tiny.json", tiny_values(LLAMA_MODULES))
-    monkeypatch.setattr(sphere.run, "load_model", lambda *_: (tiny_llama(), tiny_tokenizer))
-    monkeypatch.setattr(sphere.run, "load_records", lambda *_: records)
-    monkeypatch.setattr(
-        "sphere.methods.base.generate_templates", lambda *_: tuple(tuple(g) for g in TEMPLATES)
-    )
+    world = TinyRun(tmp_path, tiny_tokenizer, n_records=6)
 
-    def run(output="out", **changes):
-        return execute(
-            RunConfig(
-                **{
-                    "alg_name": "MEMIT",
-                    "model_name": "tiny",
-                    "num_edits": 2,
-                    "checkpoints": "all",
-                    "hparams_dir": str(tmp_path / "hparams"),
-                    "stats_dir": str(tmp_path / "stats"),
-                    "output_dir": str(tmp_path / output),
-                    **changes,
-                }
-            )
-        )
+    def run(**changes):
+        return execute(world.config(**{"alg_name": "MEMIT", "log_energy_every": 1, **changes}))
 
     return run
 
@@ -203,7 +179,7 @@ def interrupt(run_of, monkeypatch, batch, **changes):
 
 
 def test_a_resumed_run_measures_against_the_unedited_weights(run_of, monkeypatch):
-    whole = logged(run_of("whole").folder)
+    whole = logged(run_of(output="whole").folder)
     interrupt(run_of, monkeypatch, batch=2)
     folder = run_of(continue_from_run=True).folder
     lines = logged(folder)

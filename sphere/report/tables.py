@@ -38,6 +38,11 @@ class Table:
     note: str = ""
     folded: bool = False
 
+    @property
+    def text_columns(self) -> set[int]:
+        """Columns that hold words, to be set from the left; numbers are set from the right."""
+        return {i for line in self.lines[1:] for i, text in enumerate(line) if text[:1].isalpha()}
+
 
 def tables(runs: Sequence[RunData]) -> list[Table]:
     """All tables that these runs have the numbers for."""
@@ -269,9 +274,9 @@ def layers(runs: Sequence[RunData]) -> list[Table]:
                     short_name(name),
                     f"{figures['energy']:,.1f}",
                     percent(figures["energy_change"]),
-                    f"{figures['delta_norm']:.3g}",
+                    f"{figures['delta_norm']:#.3g}",
                     f"{figures['rank']:g}" if "rank" in figures else "-",
-                    f"{condition:.3g}" if condition else "∞",
+                    f"{condition:#.3g}" if condition else "∞",
                 ]
             )
     note = "After the last batch that was measured. r: number of principal directions."
