@@ -40,12 +40,16 @@ class _Pack:
 
     def __init__(self, stack: LayerStack, rows: Sequence[Row], trees: bool, first: int, last: int) -> None:
         self.recording = stack.record(model_inputs(stack.model, rows, trees), first, last)
-        self.hidden = self.recording.hidden  # (rows x width x d), entering layer `at`
-        self.at = first
+        self.restart()
         ends = [(row, scored.ids, path[-1]) for row, r in enumerate(rows) for scored, path in r.paths]
         self.sequences: list[Ids] = [ids for _, ids, _ in ends]
         self._rows = torch.tensor([row for row, _, _ in ends])
         self._columns = torch.tensor([column for _, _, column in ends])
+
+    def restart(self) -> None:
+        """Back to the entry of the first layer."""
+        self.hidden = self.recording.hidden  # (rows x width x d), entering layer `at`
+        self.at = self.recording.first
 
     def advance(self, stack: LayerStack, layer: int) -> None:
         """Up to the entry of `layer`."""
@@ -99,6 +103,12 @@ class KeyWalk:
             for request, value in share.get(ids, {}).items():
                 weights[request, column] = value
         return weights
+
+    def restart(self) -> KeyWalk:
+        """The same walk from the first edited layer on: what is below it is not edited, and not run again."""
+        for part in self._bare + self._other:
+            part.restart()
+        return self
 
     @torch.no_grad()
     def keys(self, layer: int) -> Tensor:

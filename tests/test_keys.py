@@ -45,6 +45,17 @@ def test_equals_full_forward_passes_while_layers_are_edited(stack, tiny_tokenize
     assert stack.takes_trees([1])  # what was tested is the packed way
 
 
+def test_a_restarted_walk_sees_the_weights_of_now(stack, tiny_tokenizer):
+    walk = KeyWalk(stack, tiny_tokenizer, REQUESTS, TEMPLATES, 2048)
+    for layer in stack.hparams.layers:
+        walk.keys(layer)
+        with torch.no_grad():
+            stack.rewrite[layer].weight.mul_(1.1)
+    fresh, again = KeyWalk(stack, tiny_tokenizer, REQUESTS, TEMPLATES, 2048), walk.restart()
+    for layer in stack.hparams.layers:
+        assert torch.equal(again.keys(layer), fresh.keys(layer))
+
+
 def test_small_passes_give_the_same(stack, tiny_tokenizer):
     check_layers(stack, tiny_tokenizer, REQUESTS, budget=40)
 
