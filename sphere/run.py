@@ -22,6 +22,7 @@ from sphere.checkpoints import (
     CONFIG_NAME,
     RESUME_NAME,
     RESUME_PARTS,
+    Checkpoint,
     list_checkpoints,
     read_config,
     read_resume,
@@ -180,7 +181,17 @@ def _begin_or_continue(
     _check_same(previous, decided, folder)
     if point := read_resume(folder):
         editor.load_state(*point)
-        log.info("Continuing %s after %d edits.", folder, editor.n_edits)
+    elif last := _complete(folder, decided):
+        editor.weights.restore(read_weights(last.path))
+        editor.n_edits = last.n_edits
+    log.info("Continuing %s after %d edits.", folder, editor.n_edits)
+
+
+def _complete(folder: Path, decided: dict[str, Any]) -> Checkpoint | None:
+    """The last checkpoint of a run that is complete, though its resume point was removed."""
+    n, last, path = len(decided["case_ids"]), list_checkpoints(folder)[-1], folder / LOG_NAME
+    batches = len(path.read_text("utf-8").splitlines()) if path.exists() else 0
+    return last if last.n_edits == n and batches == -(-n // decided["num_edits"]) else None
 
 
 def monitor_of(editor: Editor, folder: Path, every: int) -> Monitor:

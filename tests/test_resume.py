@@ -151,6 +151,21 @@ def test_other_settings_continue_exactly(
     tiny.write_hparams("MEMIT_prune")
 
 
+def test_a_complete_run_needs_no_resume_point(tiny: TinyRun) -> None:
+    run = execute(tiny.config("complete", dataset_size_limit=6, alpha=0.5))
+    expected = contents(run.folder)
+    for path in run.folder.glob("resume*"):
+        path.unlink()
+    again = execute(tiny.config("complete", dataset_size_limit=6, alpha=0.5, continue_from_run=True))
+    assert not again.reports
+    assert again.editor.n_edits == 6
+    assert contents(run.folder) == expected
+    (run.folder / "edit_6.safetensors").unlink()  # incomplete, from its beginning
+    again = execute(tiny.config("complete", dataset_size_limit=6, alpha=0.5, continue_from_run=True))
+    assert len(again.reports) == 3
+    assert contents(run.folder) == expected
+
+
 def test_same_seed_same_bytes(tiny: TinyRun) -> None:
     first, second = (
         execute(tiny.config(name, dataset_size_limit=6, alpha=0.5, seed=7)).folder for name in ("one", "two")
