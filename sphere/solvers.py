@@ -29,6 +29,7 @@ from sphere.errors import SphereError
 
 RESIDUAL_TOLERANCE = 1e-5
 PIECE = 256  # columns that are worth a matrix of their own
+PROBES = 8  # random directions in which the guard looks
 
 
 class SequentialSolve:
@@ -48,6 +49,8 @@ class SequentialSolve:
         self.blocks: list[Tensor] = []
         self._taken: list[Tensor] = []  # Z (in x N) in pieces of columns, as long as T = S - Z Z^T
         self._t: Tensor | None = None  # T (in x in) after that
+        # The guard's: random directions W (in x PROBES), S W and C S W.
+        self._probes: tuple[Tensor, Tensor, Tensor] | None = None
         self._solved: tuple[Tensor, Tensor, Tensor] | None = (
             None  # K, Y and G's Cholesky factor of the last solve
         )
@@ -64,10 +67,10 @@ class SequentialSolve:
             SphereError: keys that are not finite, or a system that is not positive definite.
         """
         keys = keys.double().contiguous()
-        spread, y, factor = self._gain(keys)
+        y, factor = self._gain(keys)
         self._solved = keys, y, factor
         x = torch.cholesky_solve(y.T, factor).T
-        if (error := self._error(keys, spread, x)) > RESIDUAL_TOLERANCE:
+        if (error := self._error(keys, x)) > RESIDUAL_TOLERANCE:
             raise SphereError(
                 f"The solve of {self.what} is off by {error:.1e}: its keys are badly scaled; raise L2 or "
                 "mom2_update_weight."
@@ -81,9 +84,10 @@ class SequentialSolve:
         if solved is not None and torch.equal(solved[0], kept.double()):
             _, y, factor = solved
         else:
-            _, y, factor = self._gain(kept.double())
+            y, factor = self._gain(kept.double())
         z = torch.linalg.solve_triangular(factor, y.T, upper=False).T  # Z Z^T = Y G^-1 Y^T
         self.blocks.append(kept.cpu())
+        self._see(kept.double())
         if self._t is not None:
             self._t.addmm_(z, z.T, alpha=-1)
             return
@@ -101,10 +105,14 @@ class SequentialSolve:
         if n_blocks >= len(self.blocks):
             return
         kept, self.blocks = self.blocks[:n_blocks], self.blocks[:n_blocks]
+        device = (self._taken[0] if self._t is None else self._t).device
+        self._probes = None
         if self._t is not None:
-            device, self._t, self.blocks = self._t.device, None, []
+            self._t, self.blocks = None, []
             self.load(kept, device)
             return
+        for block in kept:
+            self._see(block.to(device).double())
         pieces, self._taken = self._taken, []
         left = self.n_keys
         for piece in pieces:  # earlier columns are untouched by later ones
@@ -117,15 +125,14 @@ class SequentialSolve:
         for block in blocks:
             self.append(block.to(device))
 
-    def _gain(self, keys: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """S K where it is on the way, Y = T K (both in x n), and the Cholesky factor of G = K^T Y + c I (n x n)."""
+    def _gain(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Y = T K (in x n), and the Cholesky factor of G = K^T Y + c I (n x n)."""
         if not torch.isfinite(keys).all():
             raise SphereError(f"The keys of {self.what} are not finite: the weights below it may be broken.")
-        spread = None
         if self._t is not None:
             y = self._t @ keys
         else:
-            y = spread = self.spread(keys)
+            y = self.spread(keys)
             for piece in self._taken:
                 y = y.addmm(piece, piece.T @ keys, alpha=-1)
         g = keys.T @ y
@@ -136,7 +143,7 @@ class SequentialSolve:
             raise SphereError(
                 f"The system of {self.what} is not positive definite: raise L2 or mom2_update_weight."
             )
-        return spread, y, factor
+        return y, factor
 
     def _as_matrix(self, like: Tensor) -> Tensor:
         """T = S - Z Z^T (in x in)."""
@@ -150,22 +157,32 @@ class SequentialSolve:
             t.addmm_(piece, piece.T, alpha=-1)
         return t
 
-    def _error(self, keys: Tensor, spread: Tensor | None, x: Tensor) -> float:
-        """The guard on accumulated rounding: what X leaves over of its equation, from the keys themselves.
+    def _see(self, keys: Tensor) -> None:
+        """Add a batch's keys (in x n, float64) to what the guard knows of C."""
+        w, s_w, c_s_w = self._watched(keys)
+        self._probes = w, s_w, c_s_w + keys @ (keys.T @ s_w)
 
-        The equation is S K = c X + S (C + K K^T) X. Both sides times (1, ..., 1) are compared as the keys see them
-        (times K^T; times one sum of keys where S K is not at hand), relative to the left side.
+    def _watched(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W, S W and C S W (in x PROBES each)."""
+        if self._probes is None:
+            w = torch.randn(
+                len(like), PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+            ).to(like.device)
+            self._probes = w, self.spread(w), torch.zeros_like(w)
+        return self._probes
+
+    def _error(self, keys: Tensor, x: Tensor) -> float:
+        """The guard on accumulated rounding: what X leaves over of its equation, which T has no part in.
+
+        The equation is S K = S (C + K K^T) X + c X. Both sides times (1, ..., 1) are looked at from the directions W,
+        which estimates the norm of what is left over, relative to the left side's, in O(in n).
         """
-        xv = x.sum(dim=1, keepdim=True)  # in x 1
-        kv = keys.sum(dim=1, keepdim=True)
-        at_host, cost = xv.cpu(), keys @ (keys.T @ xv)  # (C + K K^T) X v
-        for block in self.blocks:
-            wide = block.double()
-            cost += (wide @ (wide.T @ at_host)).to(cost.device)
-        probe, spread = (keys, spread) if spread is not None else (kv, self.spread(kv))
-        left = float((spread.T @ kv).norm())
-        over = float((spread.T @ (kv - cost) - self.damping * (probe.T @ xv)).norm())
-        return over / left if left else 0.0
+        w, s_w, c_s_w = self._watched(keys)
+        xv = x.sum(dim=1)  # in
+        left = s_w.T @ keys.sum(dim=1)  # PROBES
+        right = c_s_w.T @ xv + (s_w.T @ keys) @ (keys.T @ xv) + self.damping * (w.T @ xv)
+        norm = float(left.norm())
+        return float((left - right).norm()) / norm if norm else 0.0
 
 
 def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Callable[[Tensor], Tensor]:
