@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         help="print every method with its reference and defaults, and stop",
     )
     add_model_flags(parser)
-    add_data_flags(parser, limit=100)
+    add_data_flags(parser, limit=60)
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", default="Edited_Weight", help="where runs are written")
     out.add_argument("--stats_dir", default="data/stats", help="where second moments are kept for later runs")
