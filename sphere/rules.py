@@ -103,13 +103,19 @@ class CondenseSpectrum:
             raise SphereError(f"The base of PRUNE's logarithm must be above 1, got {self.base}.")
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Figures]:
-        largest = torch.linalg.matrix_norm(weight.to(delta), ord=2)
+        largest = largest_singular_value(weight.to(delta))
+        if largest_singular_value(delta) <= largest:  # no decomposition where there is nothing to condense
+            return delta, {"condensed": 0}
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         condensed = (s.clamp(min=1e-30).log() - largest.log()) / math.log(self.base) + largest
         above = s > largest
-        if not bool(above.any()):
-            return delta, {"condensed": 0}
         return (u * torch.where(above, condensed, s)) @ vh, {"condensed": int(above.sum())}
+
+
+def largest_singular_value(matrix: Tensor) -> Tensor:
+    """||A||_2 from the Gram matrix of the smaller side: several times as fast as a decomposition, and as exact."""
+    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    return torch.linalg.eigvalsh(small @ small.T)[-1].clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)
