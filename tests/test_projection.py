@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.plain import projection as plain
 from sphere import SphereError, principal_directions, project_update
-from sphere.projection import orthonormal_rows
+from sphere.projection import _Neurons, orthonormal_rows
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 7), (7, 1), (150, 300), (300, 150)]
 quick = settings(max_examples=40, deadline=None)
@@ -72,6 +72,20 @@ def test_rank_is_exact_where_rounding_could_decide_it(seed, at):
     for shift in (-1e-9, 1e-9):
         beta = float(ratio[at]) + shift
         assert principal_directions(weight, beta).rank == int((ratio <= beta).sum()) + 1
+
+
+@pytest.mark.parametrize("rank", [None, 20])
+@pytest.mark.parametrize("common", [0.0, 5.0])
+def test_float32_spectra_are_as_exact_as_the_check_supposes(rank, common):
+    """Also where one direction dominates (neurons that share a mean), and where W lacks ranks."""
+    mean = torch.randn(1, 150, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight = (matrix(0, 60, 150, rank=rank) + common * mean).float()
+    ratios, bound = [], 0.0
+    for precision in (torch.float64, torch.float32):
+        neurons = _Neurons(weight, precision)
+        values, bound = neurons.spectrum()[0], neurons.rounding
+        ratios.append(values.cumsum(0) / values.sum())
+    assert largest(ratios[1] - ratios[0]) < bound
 
 
 @quick
