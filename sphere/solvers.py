@@ -51,9 +51,8 @@ class SequentialSolve:
         self._t: Tensor | None = None  # T (in x in) after that
         # The guard's: random directions W (in x PROBES), S W and C S W.
         self._probes: tuple[Tensor, Tensor, Tensor] | None = None
-        self._solved: tuple[Tensor, Tensor, Tensor] | None = (
-            None  # K, Y and G's Cholesky factor of the last solve
-        )
+        # Of the last solve: K, Y and G's Cholesky factor.
+        self._solved: tuple[Tensor, Tensor, Tensor] | None = None
 
     @property
     def n_keys(self) -> int:
