@@ -1,6 +1,6 @@
 """Edit a model sequentially, in batches, and score what the edits did.
 
-With no flags at all: 100 facts of the embedded starter set, in batches of 20, into the embedded default model, by
+With no flags at all: 60 facts of the embedded starter set, in batches of 20, into the embedded default model, by
 AlphaEdit with the SPHERE projection. Everything lands in
 
     <output_dir>/<alg_name>/<model>/<ds_name>_weight_data_batch_<num_edits>_<beta_hse>_<alpha>/
@@ -55,6 +55,11 @@ def parser() -> argparse.ArgumentParser:
         help="SPHERE: suppression strength (default: the paper's, 0.5 for AlphaEdit and 0.8 for the others)",
     )
     edit.add_argument("--seed", type=int, default=0, help="of everything that is sampled")
+    edit.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print what the run will take in memory and time, loading no weights, and stop",
+    )
     edit.add_argument(
         "--list_methods",
         action="store_true",
@@ -128,7 +133,13 @@ def main(argv: list[str] | None = None) -> int:
 
     fields = {f.name for f in dataclasses.fields(RunConfig)}
     values = {k: v for k, v in vars(arguments).items() if k in fields}
-    run = execute(RunConfig(**{**values, "data_dir": str(values["data_dir"])}))
+    config = RunConfig(**{**values, "data_dir": str(values["data_dir"])})
+    if arguments.dry_run:
+        from sphere.plan import describe_run
+
+        print(describe_run(config))
+        return 0
+    run = execute(config)
     say = print if run.processes.main else lambda *_: None
     say(f"\nWeights and log: {run.folder}")
     if arguments.skip_scoring:
@@ -147,6 +158,7 @@ def main(argv: list[str] | None = None) -> int:
         generation_interval=interval,
         data_dir=arguments.data_dir,
         dataset=load_records(arguments.ds_name, arguments.data_dir) if interval else None,
+        batch_tokens=arguments.batch_tokens if arguments.conserve_memory else None,
         seed=arguments.seed,
         processes=run.processes,
     )

@@ -18,7 +18,13 @@ import torch
 from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from sphere.errors import SphereError
 
@@ -76,6 +82,35 @@ def load_model(
     model.eval().requires_grad_(False)
     log.info("model %s: %s, %s on %s", name, type(model).__name__, model.dtype, device_map or target)
     return model, tokenizer
+
+
+def meta_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """A model of the same shape on the meta device, from its configuration alone: no weights are read.
+
+    Args:
+        name: as for `load_model`; of a folder only config.json is read.
+        dtype: as for `load_model`.
+        device: the type of device that it is to be loaded on ("cpu", "cuda"), which need not be there.
+
+    Raises:
+        SphereError: no configuration of a causal language model.
+    """
+    options = _source(name)
+    source = options.pop("source")
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        wanted = _resolve_dtype(dtype, torch.device(device), gguf="gguf_file" in options)
+        if wanted == "auto":
+            wanted = getattr(config, "dtype", None) or torch.float32
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SphereError(
+            f"Cannot read the configuration of a causal language model from '{name}' ({reason}): give --model_name a "
+            "folder that holds its config.json, or a hub id where the hub can be reached."
+        ) from error
+    return model.eval().requires_grad_(False)
 
 
 def _load(source: str, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -122,9 +122,9 @@ class EditedWeights:
                 parameter.copy_(snapshot[name])
 
     @contextmanager
-    def temporarily(self) -> Iterator[None]:
-        """Whatever is changed inside the block is undone at its end."""
-        before = self.snapshot()
+    def temporarily(self, device: str | torch.device | None = None) -> Iterator[None]:
+        """Whatever is changed inside the block is undone at its end; `device` keeps the weights meanwhile."""
+        before = self.snapshot(device)
         try:
             yield
         finally:

@@ -128,6 +128,12 @@ def test_second_moments_and_scores_over_devices(tiny_tokenizer):
         for layer, moment_ in spread.items():
             assert moment_.device == torch.device(f"cuda:{layer}")
             assert torch.allclose(moment_.cpu(), moments[layer])
+        on_host, _ = collect_second_moments(
+            LayerStack(model, hparams), ids, batch_tokens=8, device=torch.device("cpu")
+        )
+        for layer, moment_ in on_host.items():
+            assert moment_.device == torch.device("cpu")
+            assert torch.allclose(moment_, moments[layer], atol=1e-5)
         assert score_records(model, tiny_tokenizer, records, progress=False) == cases
 
 

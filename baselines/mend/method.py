@@ -13,6 +13,7 @@ from baselines.mend.factors import rank_one_factors
 from baselines.mend.networks import MendEditor, Shape
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams, require
+from sphere.memory import DEVICE, FLOAT32, Item, Sizes
 from sphere.methods.base import Method, Update, Workspace
 from sphere.methods.ft import TeacherForcing
 from sphere.requests import EditRequest
@@ -53,6 +54,17 @@ class MEND(Method):
     name = "MEND"
     reference = "Fast Model Editing at Scale, arXiv 2110.11309"
     hparams_class = MendHParams
+
+    @classmethod
+    def memory(cls, hparams: MendHParams, sizes: Sizes) -> list[Item]:
+        with torch.device("meta"):
+            editor = MendEditor(dict(enumerate(sizes.edited)), hparams.rank, hparams.edit_lr)
+        size = sum(t.nbytes for t in editor.state_dict().values())
+        updates = FLOAT32 * sizes.entries
+        return [
+            Item("the editor's networks", "of hparams' rank", size, DEVICE, "preparation", "writing"),
+            Item("all layers' updates", "4 E", updates, DEVICE, "solve", "writing"),
+        ]
 
     def __init__(self, workspace: Workspace, hparams: MendHParams) -> None:
         super().__init__(workspace, hparams)

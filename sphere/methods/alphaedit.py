@@ -10,12 +10,16 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 from sphere.hparams import HParams
+from sphere.memory import FLOAT32, Item, Sizes, has_room, key_cache, second_moments
 from sphere.methods.base import Method, Update, Workspace, spread_residual
 from sphere.null_space import Projector, null_space_projector
 from sphere.requests import EditRequest
 from sphere.solvers import SequentialSolve, keep_keys, load_keys, save_keys
 
 log = logging.getLogger(__name__)
+
+# An eigendecomposition holds the moment, its eigenvectors, LAPACK's work space of two such matrices, and the basis.
+DECOMPOSITION = 4.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +58,45 @@ class AlphaEdit(Method):
         self.solves: dict[int, SequentialSolve] = {}
         self.projectors: dict[int, Projector] = {}
 
+    @classmethod
+    def memory(cls, hparams: AlphaEditHParams, sizes: Sizes) -> list[Item]:
+        basis = Item(
+            "null-space projectors' thinner factors",
+            "sum of 4 in^2 / 2 at most",
+            FLOAT32 * sizes.squares // 2,
+            sizes.spared,
+            since="preparation",
+            until="writing",
+        )
+        decomposition = Item(
+            "one of them in the making",
+            f"{DECOMPOSITION} x 4 in^2 at most",
+            int(DECOMPOSITION * FLOAT32 * sizes.widest**2),
+            sizes.spared,
+            since="preparation",
+            until="preparation",
+        )
+        return [*second_moments(sizes), basis, decomposition, *key_cache(sizes)]
+
+    @classmethod
+    def solve_operations(cls, hparams: AlphaEditHParams, sizes: Sizes) -> float:
+        n, earlier = sizes.num_edits, sizes.n_edits / 2
+        return sum(
+            inside * n * (4 * inside / 2 + 4 * min(earlier, inside) + 4 * n + 2 * out)
+            for out, inside in sizes.edited
+        )
+
     def prepare(self) -> None:
         for layer in self.hparams.layers:
             if layer in self.solves:
                 continue
             moment = self.workspace.moments.get(layer)
             # Decomposed where the layer is (a GPU takes seconds where a CPU takes minutes), kept where its moment is.
-            there = moment.to(self.workspace.stack.devices[layer])
-            projector = null_space_projector(there, self.hparams.nullspace_threshold).to(moment.device)
+            where = self.workspace.stack.devices[layer]
+            if not has_room(where, int(DECOMPOSITION * FLOAT32 * len(moment) ** 2)):
+                where = moment.device
+            projector = null_space_projector(moment.to(where), self.hparams.nullspace_threshold)
+            projector = projector.to(moment.device)
             log.info("Layer %d: null space of dimension %d.", layer, projector.dim)
             self.projectors[layer] = projector
             self.solves[layer] = SequentialSolve(projector.apply, self.hparams.L2, f"layer {layer}")
@@ -76,9 +111,10 @@ class AlphaEdit(Method):
             residual = spread_residual(
                 targets.to(keys.device), walk.outputs(max(layers)), len(layers) - index
             )
-            x = self.solves[layer].solve(keys)  # in x n
+            there = keys.to(self.workspace.solve_devices[layer])
+            x = self.solves[layer].solve(there).to(keys.device)  # in x n
             yield self.workspace.stack.weight_name(layer), residual.to(x) @ x.T
-            self.solves[layer].append(keys)
+            self.solves[layer].append(there)
 
     def state(self) -> dict[str, Tensor]:
         return save_keys(self.solves)
@@ -87,4 +123,4 @@ class AlphaEdit(Method):
         keep_keys(self.solves, names)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        load_keys(self.solves, state, self.workspace.stack.devices)
+        load_keys(self.solves, state, self.workspace.solve_devices)

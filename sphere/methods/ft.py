@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams, require
 from sphere.layers import LayerStack, inference, pad_right
+from sphere.memory import DEVICE, Item, Sizes
 from sphere.methods.base import Method, Update, Workspace
 from sphere.requests import EditRequest
 from sphere.templates import padding_id
@@ -67,6 +68,12 @@ class FT(Method):
         "Modifying Memories in Transformer Models, arXiv 2012.00363; as a baseline in ROME, arXiv 2202.05262"
     )
     hparams_class = FTHParams
+
+    @classmethod
+    def memory(cls, hparams: FTHParams, sizes: Sizes) -> list[Item]:
+        size = 5 * sizes.exact_bytes * sizes.entries
+        what = "weights before and in training, gradient, Adam"
+        return [Item(what, "5 x 4 E", size, DEVICE, "target values", "solve")]
 
     def __init__(self, workspace: Workspace, hparams: FTHParams) -> None:
         super().__init__(workspace, hparams)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from sphere.hparams import HParams
+from sphere.memory import FLOAT64, Item, Sizes, key_cache, moment_factors, second_moments
 from sphere.methods.base import Method, Update, Workspace, spread_residual
 from sphere.requests import EditRequest
 from sphere.solvers import SequentialSolve, inverse_moment, keep_keys, load_keys, save_keys
@@ -27,6 +29,23 @@ class MEMIT(Method):
         super().__init__(workspace, hparams)
         self.solves: dict[int, SequentialSolve] = {}
 
+    @classmethod
+    def memory(cls, hparams: Any, sizes: Sizes) -> list[Item]:
+        updates = Item(
+            "all layers' updates, and the weights before",
+            "(8 + 4) E",
+            (FLOAT64 + sizes.exact_bytes) * sizes.entries,
+            sizes.spared,
+            since="solve",
+            until="writing",
+        )
+        return [*second_moments(sizes), *moment_factors(sizes), updates]
+
+    @classmethod
+    def solve_operations(cls, hparams: HParams, sizes: Sizes) -> float:
+        n = sizes.num_edits
+        return sum(inside * n * (2 * inside + 4 * n + 2 * out) for out, inside in sizes.edited)
+
     def prepare(self) -> None:
         for layer in self.hparams.layers:
             if layer not in self.solves:
@@ -42,16 +61,18 @@ class MEMIT(Method):
         """Delta (out x in) of every layer, found on a temporarily edited model."""
         targets = self.workspace.target_values(requests).z.T  # out x n
         layers, found = self.hparams.layers, []
-        with self.workspace.weights.temporarily():
+        with self.workspace.weights.temporarily("cpu" if self.workspace.conserve_memory else None):
             walk = self.workspace.walk(requests)
             for index, layer in enumerate(layers):
                 keys = walk.keys(layer)  # K: in x n
                 outputs = walk.outputs(max(layers))  # out x n
                 residual = spread_residual(targets.to(keys.device), outputs, len(layers) - index)
-                x = self.solves[layer].solve(keys)  # in x n
+                there = keys.to(self.workspace.solve_devices[layer])
+                x = self.solves[layer].solve(there).to(keys.device)  # in x n
                 update = residual.to(x) @ x.T
                 self.workspace.weights.add_(self.workspace.stack.weight_name(layer), update)
-                found.append((self.workspace.stack.weight_name(layer), update))
+                kept = update.cpu() if self.workspace.conserve_memory else update
+                found.append((self.workspace.stack.weight_name(layer), kept))
         return found
 
 
@@ -66,11 +87,21 @@ class MEMITSeq(MEMIT):
         "MEMIT with earlier keys preserved, as in AlphaEdit, arXiv 2410.02355, and SPHERE, arXiv 2510.01172"
     )
 
+    @classmethod
+    def memory(cls, hparams: Any, sizes: Sizes) -> list[Item]:
+        return [*super().memory(hparams, sizes), *key_cache(sizes)]
+
+    @classmethod
+    def solve_operations(cls, hparams: HParams, sizes: Sizes) -> float:
+        earlier = sizes.n_edits / 2
+        cached = sum(4 * i * min(earlier, i) * sizes.num_edits for _, i in sizes.edited)
+        return super().solve_operations(hparams, sizes) + cached
+
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         yield from super().updates(requests)
         walk = self.workspace.walk(requests)
         for layer in self.hparams.layers:
-            self.solves[layer].append(walk.keys(layer))
+            self.solves[layer].append(walk.keys(layer).to(self.workspace.solve_devices[layer]))
 
     def state(self) -> dict[str, Tensor]:
         return save_keys(self.solves)
@@ -79,4 +110,4 @@ class MEMITSeq(MEMIT):
         keep_keys(self.solves, names)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        load_keys(self.solves, state, self.workspace.stack.devices)
+        load_keys(self.solves, state, self.workspace.solve_devices)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sphere.errors import SphereError
 from sphere.hparams import HParams
+from sphere.memory import DEVICE, FLOAT32, Item, Sizes
 from sphere.methods.memit import MEMIT
 from sphere.rules import CondenseSpectrum, RuleSet, sphere_rules
 
@@ -37,6 +38,12 @@ class MEMITPrune(MEMIT):
     name = "MEMIT_prune"
     reference = "Perturbation-Restrained Sequential Model Editing, arXiv 2405.16821"
     hparams_class = PruneHParams
+
+    @classmethod
+    def memory(cls, hparams: PruneHParams, sizes: Sizes) -> list[Item]:
+        size = 3 * FLOAT32 * sizes.largest
+        condensing = Item("the total change and its SVD", "3 x 4 out in", size, DEVICE, "writing", "writing")
+        return [*super().memory(hparams, sizes), condensing]
 
     @classmethod
     def rules(cls, hparams: PruneHParams, beta_hse: float, alpha: float) -> RuleSet:

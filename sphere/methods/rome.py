@@ -15,6 +15,7 @@ from sphere.errors import SphereError
 from sphere.hparams import HParams
 from sphere.keys import KeyWalk
 from sphere.layers import LayerStack, inference
+from sphere.memory import Item, Sizes, moment_factors, second_moments
 from sphere.methods.base import Method, Update, Workspace
 from sphere.requests import EditRequest
 from sphere.solvers import inverse_moment
@@ -59,6 +60,11 @@ class ROME(Method):
     name = "ROME"
     reference = "Locating and Editing Factual Associations in GPT, arXiv 2202.05262"
     hparams_class = RomeHParams
+    at_once = 1
+
+    @classmethod
+    def memory(cls, hparams: RomeHParams, sizes: Sizes) -> list[Item]:
+        return [*second_moments(sizes), *moment_factors(sizes)] if hparams.mom2_adjustment else []
 
     def __init__(self, workspace: Workspace, hparams: RomeHParams) -> None:
         super().__init__(workspace, hparams)
