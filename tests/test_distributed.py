@@ -170,8 +170,8 @@ def test_a_run_of_two_processes_equals_one(tmp_path, tiny_tokenizer):
         ours, theirs = (load_file(f / f"{name}.safetensors") for f in (folder, run.folder))
         assert ours.keys() == theirs.keys()
         for key, weight in theirs.items():
-            assert torch.allclose(ours[key], weight, rtol=1e-4, atol=1e-6)
-    for path in (tmp_path / "moments").iterdir():
+            assert (ours[key] - weight).norm() <= 1e-5 * weight.norm()
+    for path in (tmp_path / "moments").glob("*.safetensors"):
         assert torch.equal(*(load_file(p)["second_moment"] for p in (path, moments / path.name)))
     assert len((folder / "batches.jsonl").read_text().splitlines()) == 3
     shared = json.loads((folder / "summary" / "summary.json").read_text())
