@@ -27,15 +27,7 @@ from sphere.report.style import PALETTE, drawing, styles
 from sphere.report.tables import percent, spearman, tables
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FIGURES = (
-    "energy_change",
-    "score",
-    "energy_against_score",
-    "retention",
-    "cosines",
-    "downstream",
-    "principal_share",
-)
+FIGURES = ("energy_change score energy_against_score retention cosines downstream principal_share").split()
 
 
 @pytest.fixture(scope="module")
