@@ -7,7 +7,7 @@ off, or a run that is repeated, finds its own again.
 
 The key holds everything that the numbers depend on, rounding included: the weights as they stand, the model's
 configuration, the requests as the tokenizer cuts them, the hyperparameters of the optimisation, the batch and how it is
-cut into passes, this package's code, PyTorch and the device. So a stale value is never used, and a run with a cache
+cut into passes, the code that finds z, PyTorch and the device. So a stale value is never used, and a run with a cache
 writes the same weights, bit for bit, as one without. The price is that values are kept per batch: a request's z depends
 on its companions by rounding only (they share matrix products, never a sum), but another batch size finds nothing.
 
@@ -16,7 +16,9 @@ Any file may be removed at any time. Knows nothing of how z is optimised or used
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import importlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -37,7 +39,7 @@ from sphere.hparams import TargetHParams
 from sphere.layers import LayerStack
 from sphere.models import Fingerprint
 from sphere.requests import EditRequest
-from sphere.target_values import ESSENCE, TargetValues
+from sphere.target_values import ESSENCE, TargetValues, compute_target_values
 from sphere.templates import fill
 from sphere.tokenization import encode, encode_pair
 
@@ -150,7 +152,7 @@ class TargetValueCache:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
-            "code": _digest([p.read_text("utf-8") for p in sorted(Path(__file__).parent.glob("*.py"))]),
+            "code": _digest(_sources(compute_target_values.__module__)),
         }
 
     def _read(self, path: Path, key: dict[str, Any], n_requests: int) -> TargetValues | None:
@@ -191,6 +193,25 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
         digest.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _sources(module: str) -> dict[str, str]:
+    """Name -> source of a module, and of all of this package that it imports, directly or not."""
+    package, found, todo = module.partition(".")[0], {}, [module]
+    while todo:
+        name = todo.pop()
+        path = importlib.import_module(name).__file__
+        if name in found or path is None:
+            continue
+        found[name] = Path(path).read_text("utf-8")
+        for node in ast.walk(ast.parse(found[name])):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            todo += [imported for imported in names if imported.startswith(f"{package}.")]
+    return found
 
 
 def _digest(value: Any) -> str:

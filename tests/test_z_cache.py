@@ -159,17 +159,22 @@ def test_another_tokenizer_has_its_own(space: Any, computed: list[int], tiny_tok
     assert computed == [3, 3]
 
 
-def test_other_code_has_its_own(space: Any, computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever changes how z is found need not think of the cache."""
+@pytest.mark.parametrize(
+    ("file", "matters"), [("target_values.py", True), ("layers.py", True), ("rules.py", False)]
+)
+def test_other_code_has_its_own(
+    file: str, matters: bool, space: Any, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever changes how z is found need not think of the cache; whoever changes a rule need not lose it."""
     space().target_values(REQUESTS)
     read = Path.read_text
 
     def read_text(path: Path, *args: Any) -> str:
-        return read(path, *args) + ("\n# changed" if path.name == "target_values.py" else "")
+        return read(path, *args) + ("\n# changed" if path.name == file else "")
 
     monkeypatch.setattr(Path, "read_text", read_text)
     space().target_values(REQUESTS)
-    assert computed == [3, 3]
+    assert computed == [3, 3] if matters else [3]
 
 
 def test_edited_weights_have_their_own_and_reverted_ones_the_first(space: Any, computed: list[int]) -> None:
