@@ -158,11 +158,13 @@ def peak_of(way: Callable[[], Any], device: torch.device) -> int | None:
         Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets the peak resident set (man 5 proc)
     except (OSError, AttributeError):
         return None
-    before_rss = _status("VmRSS")
+    held = _status("RssAnon")
     way()
-    peak = _status("VmHWM")
+    peak, of_files = _status("VmHWM"), _status("RssFile")  # pages of libraries come and go: they do not count
     library.mallopt(M_MMAP_THRESHOLD, 32 * MIB)  # as large as the library itself lets it grow
-    return None if before_rss is None or peak is None else max(peak - before_rss, 0)
+    if held is None or peak is None or of_files is None:
+        return None
+    return max(peak - of_files - held, 0)
 
 
 def synchronize(device: torch.device) -> None:
