@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 LOSS_TOLERANCE = 5e-2
 ESSENCE = "{} is a"
+WATCHED_LATE = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,7 @@ class _Watch:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.late = device.type == "cuda"
+        self.late = device.type in WATCHED_LATE
         self._told: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def read(self, alive: Tensor, losses: Tensor) -> tuple[list[bool], float] | None:
