@@ -204,7 +204,9 @@ class _Pack:
             self.recording = self.recording.select(torch.tensor(kept, device=self.recording.hidden.device))
         if self.kl_reference is not None:
             essence = [alive[row.request] for row in self.rows if row.essence]
-            self.kl_reference = self.kl_reference[torch.tensor(essence, device=self.kl_reference.device)]
+            self.kl_reference = self.kl_reference[
+                torch.tensor(essence, dtype=torch.bool, device=self.kl_reference.device)
+            ]
         self._index([self.rows[i] for i in kept])
 
 

@@ -208,3 +208,27 @@ def test_a_broken_model_is_named(tiny_tokenizer):
     model.get_parameter("model.layers.3.mlp.down_proj.weight").fill_(float("nan"))
     with pytest.raises(SphereError, match=r"not finite at step 1 for case\(s\) \[0, 1"):
         fast(model, tiny_tokenizer, FACTS, hparams)
+
+
+def test_requests_leave_one_after_the_other(tiny_tokenizer):
+    """Packs lose their essence rows before their other rows, and go on."""
+    model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES)
+    stack, flat = LayerStack(model, hparams), [t for group in TEMPLATES for t in group]
+    rows = [
+        row
+        for index, request in enumerate(FACTS)
+        for row in target_values._rows(tiny_tokenizer, index, request, flat, kl=True, merge=True)
+    ]
+    loop = target_values._Loop(stack, hparams, FACTS, rows, pad=0, batch_tokens=10_000)
+    delta = torch.zeros_like(loop.h0)
+    first = loop._losses(delta, gradient=False)
+    alive = [True] * len(FACTS)
+    for leaving in (3, 0, 5, 1, 4):
+        alive[leaving] = False
+        loop._drop(alive)
+        now = loop._losses(delta, gradient=False)
+        assert torch.allclose(now[torch.tensor(alive)], first[torch.tensor(alive)], rtol=1e-4)
+    for pack in loop.packs:
+        pack.keep([False] * len(FACTS))
+        pack.keep([False] * len(FACTS))
+        assert not pack.rows
