@@ -1,6 +1,6 @@
 """Edit a model sequentially, in batches, and score what the edits did.
 
-With no flags at all: 60 facts of the embedded starter set, in batches of 20, into the embedded default model, by
+With no flags at all: 40 facts of the embedded starter set, in batches of 20, into the embedded default model, by
 AlphaEdit with the SPHERE projection. Everything lands in
 
     <output_dir>/<alg_name>/<model>/<ds_name>_weight_data_batch_<num_edits>_<beta_hse>_<alpha>/
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
         help="print every method with its reference and defaults, and stop",
     )
     add_model_flags(parser)
-    add_data_flags(parser, limit=60)
+    add_data_flags(parser, limit=40)
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", default="Edited_Weight", help="where runs are written")
     out.add_argument("--stats_dir", default="data/stats", help="where second moments are kept for later runs")

@@ -29,7 +29,7 @@ class RunConfig:
     model_name: str = DEFAULT_MODEL
     hparams_fname: str | None = None
     ds_name: str = "starter"
-    dataset_size_limit: int | None = 60
+    dataset_size_limit: int | None = 40
     num_edits: int = 20
     beta_hse: float = 0.5
     alpha: float | None = None
