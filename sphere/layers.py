@@ -121,7 +121,7 @@ class LayerStack:
     """
 
     def __init__(self, model: nn.Module, hparams: ModuleHParams) -> None:
-        self.model = model
+        self.model: Any = model
         self.hparams = hparams
         self.layers = self._find_layers()
         self.n_layers = len(self.layers)
@@ -317,7 +317,8 @@ class LayerStack:
             self.model(**inputs)
 
     def _find_layers(self) -> list[nn.Module]:
-        template, found = self.hparams.layer_module_tmp, []
+        template = self.hparams.layer_module_tmp
+        found: list[nn.Module] = []
         while True:
             try:
                 found.append(self.model.get_submodule(template.format(len(found))))
