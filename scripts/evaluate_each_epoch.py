@@ -94,21 +94,26 @@ def _edits(args: argparse.Namespace) -> int:
 
 def _downstream(args: argparse.Namespace) -> int:
     from sphere.checkpoints import list_checkpoints
+    from sphere.distributed import start
     from sphere.downstream import run_downstream
     from sphere.models import load_model
 
     list_checkpoints(args.weight_folder)
-    model, tokenizer = load_model(args.model_name, args.device, args.dtype, args.device_map)
-    run_downstream(
-        model,
-        tokenizer,
-        args.weight_folder,
-        args.data_dir,
-        num_tests=args.num_tests,
-        tasks=args.tasks,
-        lm_eval_tasks=args.lm_eval_tasks,
-    )
-    print(f"\nResults: {args.weight_folder / 'rect_eval'}")
+    processes = start(args.device, args.device_map)
+    model, tokenizer = load_model(args.model_name, processes.device, args.dtype, args.device_map)
+    with processes.together():
+        run_downstream(
+            model,
+            tokenizer,
+            args.weight_folder,
+            args.data_dir,
+            num_tests=args.num_tests,
+            tasks=args.tasks,
+            lm_eval_tasks=args.lm_eval_tasks,
+            processes=processes,
+        )
+    if processes.main:
+        print(f"\nResults: {args.weight_folder / 'rect_eval'}")
     return 0
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_downstream import NLI
 from tiny_run import TinyRun, flags
 
 from sphere.distributed import Processes, start
+from sphere.downstream import TASKS, run_downstream
 from sphere.errors import SphereError
 from sphere.evaluation import evaluate_run
 from sphere.run import execute
@@ -139,11 +141,12 @@ from experiments import evaluate
 from scripts import evaluate_each_epoch
 from sphere.distributed import start
 
-run, score, cases = (json.loads(text) for text in sys.argv[1:])
+run, score, downstream, cases = (json.loads(text) for text in sys.argv[1:])
 assert evaluate.main(run) == 0
 if start("cpu").main:  # some cases are scored again, by both
     Path(cases).unlink()
 assert evaluate_each_epoch.main(score) == 0
+assert evaluate_each_epoch.main(downstream) == 0
 """
 
 
@@ -154,14 +157,18 @@ def test_a_run_of_two_processes_equals_one(tmp_path, tiny_tokenizer):
     run = execute(world.config("one", **settings))
     run.editor.revert()
     alone = evaluate_run(run.model, run.tokenizer, run.folder, run.records, progress=False)
+    (tmp_path / "data" / "task-data").mkdir()
+    (tmp_path / "data" / "task-data" / TASKS["nli"].file).write_text(NLI, "utf-8")
+    run_downstream(run.model, run.tokenizer, run.folder, world.places["data_dir"], tasks=["nli"])
     (moments,) = (tmp_path / "stats" / "tiny").glob("self_8_*")
     moments.rename(tmp_path / "moments")
     folder = tmp_path / "two" / run.folder.relative_to(tmp_path / "one")
-    score = {"weight_folder": folder, "ds_name": "starter", "data_dir": world.places["data_dir"]}
-    score |= {"model_name": world.places["model_name"], "device": "cpu"}
+    common = {"weight_folder": folder, "data_dir": world.places["data_dir"], "device": "cpu"}
+    common["model_name"] = world.places["model_name"]
     (tmp_path / "job.py").write_text(TWICE)
     cases = str(folder / "summary" / "cases_edit_6.jsonl")
-    todo = [world.flags("two", **settings), flags(score), cases]
+    score, downstream = flags({**common, "ds_name": "starter"}), flags({**common, "tasks": "nli"})
+    todo = [world.flags("two", **settings), score, downstream, cases]
     done = torchrun(str(tmp_path / "job.py"), *map(json.dumps, todo))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Scores:") == 2
@@ -184,3 +191,6 @@ def test_a_run_of_two_processes_equals_one(tmp_path, tiny_tokenizer):
     for path in (run.folder / "summary").glob("cases_edit_*.jsonl"):
         lines = (folder / "summary" / path.name).read_text().splitlines()
         assert len(lines) == len(path.read_text().splitlines())
+    for path in (run.folder / "rect_eval").glob("edit_*/nli.jsonl"):
+        assert path.read_text() == (folder / path.relative_to(run.folder)).read_text()
+    assert (folder / "rect_eval" / "summary.json").exists()

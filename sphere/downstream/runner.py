@@ -15,8 +15,9 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sphere.checkpoints import Checkpoint, list_checkpoints, read_weights
+from sphere.distributed import Processes
 from sphere.downstream import harness
 from sphere.downstream.decoding import BATCH_TOKENS, greedy_batches
 from sphere.downstream.metrics import summarise
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "rect_eval"
 SUMMARY = "summary.json"
+BLOCK = 64  # examples that each of several processes decodes before they are gathered and written
 
 
 def run_downstream(
@@ -46,6 +49,7 @@ def run_downstream(
     tasks: list[str] | None = None,
     lm_eval_tasks: Sequence[str] | None = None,
     batch_tokens: int = BATCH_TOKENS,
+    processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Score the unedited model and every checkpoint in `folder`; the model is left as it was.
 
@@ -57,6 +61,8 @@ def run_downstream(
         tasks: names of `sphere.downstream.TASKS`; None for all four.
         lm_eval_tasks: tasks for lm-evaluation-harness, beside the four (see `sphere.downstream.harness`).
         batch_tokens: prompt tokens decoded at once.
+        processes: among which the examples are shared out (lm-evaluation-harness runs in the main one); the main one
+            writes the files.
 
     Returns:
         The summary as written to `rect_eval/summary.json`:
@@ -65,32 +71,38 @@ def run_downstream(
     Raises:
         SphereError: no checkpoints, checkpoints of another model, missing task data, lm-eval not installed.
     """
-    folder = Path(folder)
+    folder, processes = Path(folder), processes or Processes()
     checkpoints = list_checkpoints(folder)
     chosen = choose(tasks)
     examples = {task.name: task.examples(data_dir, num_tests) for task in chosen}
     evaluator = harness.Harness(lm_eval_tasks, data_dir, num_tests) if lm_eval_tasks else None
     results = folder / FOLDER
-    summary = _old_summary(results / SUMMARY) | {
+    summary = processes.on_main(lambda: _old_summary(results / SUMMARY)) | {
         "model": model.config.name_or_path or type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_tests": num_tests,
     }
+
+    def write() -> None:
+        if processes.main:
+            write_json(results / SUMMARY, summary)
+
     for checkpoint in _states(model, checkpoints):
         name = f"edit_{checkpoint.n_edits}"
         place = results / name
-        _forget_if_changed(place, checkpoint.path)
+        processes.on_main(partial(_forget_if_changed, place, checkpoint.path))
         entry = summary["checkpoints"].setdefault(name, {})
         entry["n_edits"] = checkpoint.n_edits
         scores = entry.setdefault("tasks", {})
         for task in chosen:
             path = place / f"{task.name}.jsonl"
-            records = _decode(model, tokenizer, task, examples[task.name], path, batch_tokens)
+            records = _decode(model, tokenizer, task, examples[task.name], path, batch_tokens, processes)
             scores[task.name] = summarise(records, task.positive)
-            write_json(results / SUMMARY, summary)
+            write()
         if evaluator:
-            entry.setdefault("lm_eval", {}).update(evaluator.run(model, tokenizer, place / "lm_eval"))
-            write_json(results / SUMMARY, summary)
+            run = partial(evaluator.run, model, tokenizer, place / "lm_eval")
+            entry.setdefault("lm_eval", {}).update(processes.on_main(run))
+            write()
     return summary
 
 
@@ -133,9 +145,10 @@ def _decode(
     examples: list[Example],
     path: Path,
     batch_tokens: int,
+    processes: Processes,
 ) -> list[dict[str, Any]]:
     """Graded records of all examples, in order; missing ones are decoded and saved batch by batch."""
-    records = _read_records(path)
+    records = processes.on_main(lambda: _read_records(path))
     wanted = {example.index: example for example in examples}
     for example in examples:  # grading is cheap and may have been mended: only outputs are kept
         old = records.get(example.index)
@@ -145,16 +158,39 @@ def _decode(
             records[example.index] = _record(task, example, old["output"])
     missing = [example for example in examples if example.index not in records]
     label = f"{path.parent.name} {task.name}"
-    bar = tqdm(total=len(examples), initial=len(examples) - len(missing), desc=label, unit="ex")
-    batches = greedy_batches(model, tokenizer, [e.prompt for e in missing], task.max_new_tokens, batch_tokens)
+    done = len(examples) - len(missing)
+    bar = tqdm(total=len(examples), initial=done, desc=label, unit="ex", disable=not processes.main)
+
+    def decode(prompts: list[str]) -> Iterator[list[tuple[int, str]]]:
+        return greedy_batches(model, tokenizer, prompts, task.max_new_tokens, batch_tokens)
+
+    batches = _shared(decode, [e.prompt for e in missing], processes)
     with bar if missing else nullcontext():
         for batch in batches:
             for position, output in batch:
                 example = missing[position]
                 records[example.index] = _record(task, example, output)
-            _write_records(path, records)
+            if processes.main:
+                _write_records(path, records)
             bar.update(len(batch))
     return [records[index] for index in sorted(wanted)]
+
+
+def _shared(
+    decode: Callable[[list[str]], Iterator[list[tuple[int, str]]]], prompts: list[str], processes: Processes
+) -> Iterator[list[tuple[int, str]]]:
+    """Batches of (index of the prompt, continuation), each process decoding its share, longest prompts first."""
+    if processes.size == 1:
+        yield from decode(prompts)
+        return
+
+    def share(chosen: Sequence[int]) -> list[tuple[int, str]]:
+        return [(chosen[i], text) for batch in decode([prompts[i] for i in chosen]) for i, text in batch]
+
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    block = BLOCK * processes.size
+    for start in range(0, len(order), block):
+        yield [pair for part in processes.shares(share, order[start : start + block]) for pair in part]
 
 
 def _record(task: Task, example: Example, output: str) -> dict[str, Any]:
