@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sphere.hparams import HParams
+from sphere.keys import KeyWalk
 from sphere.memory import FLOAT64, Item, Sizes, key_cache, moment_factors, second_moments
 from sphere.methods.base import Method, Update, Workspace, spread_residual
 from sphere.requests import EditRequest
@@ -55,14 +56,18 @@ class MEMIT(Method):
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
-        yield from self.solve_layers(requests)
-
-    def solve_layers(self, requests: Sequence[EditRequest]) -> list[Update]:
-        """Delta (out x in) of every layer, found on a temporarily edited model."""
         targets = self.workspace.target_values(requests).z.T  # out x n
+        walk = self.workspace.walk(requests)
+        yield from self.solve_layers(walk, targets)
+        self.remember(walk)
+
+    def remember(self, walk: KeyWalk) -> None:
+        """What later batches shall know of this one, which has been written: nothing."""
+
+    def solve_layers(self, walk: KeyWalk, targets: Tensor) -> list[Update]:
+        """Delta (out x in) of every layer towards Z (out x n), found on a temporarily edited model."""
         layers, found = self.hparams.layers, []
         with self.workspace.weights.temporarily("cpu" if self.workspace.conserve_memory else None):
-            walk = self.workspace.walk(requests)
             for index, layer in enumerate(layers):
                 keys = walk.keys(layer)  # K: in x n
                 outputs = walk.outputs(max(layers))  # out x n
@@ -97,9 +102,8 @@ class MEMITSeq(MEMIT):
         cached = sum(4 * i * min(earlier, i) * sizes.num_edits for _, i in sizes.edited)
         return super().solve_operations(hparams, sizes) + cached
 
-    def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
-        yield from super().updates(requests)
-        walk = self.workspace.walk(requests)
+    def remember(self, walk: KeyWalk) -> None:
+        walk.restart()
         for layer in self.hparams.layers:
             self.solves[layer].append(walk.keys(layer).to(self.workspace.solve_devices[layer]))
 
