@@ -33,7 +33,6 @@ NAMES = (
     "keys",
     "second_moments",
     "target_values",
-    "end_to_end",
 )
 INTRODUCTION = """# Benchmarks
 
