@@ -19,7 +19,7 @@ from sphere.run import RunConfig, execute
 # Children are forked from a process that has imported everything and computed nothing.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["sphere.run", "baselines.mend", "transformers.models.llama.modeling_llama"])
-SECONDS = 60
+SECONDS = 300
 
 
 def start(config: RunConfig, fatal_step: int = 0) -> BaseProcess:

@@ -526,7 +526,7 @@ def test_scoring_a_cut_checkpoint(tiny: TinyRun, refused: Refuse) -> None:
 )
 def test_commands(module: str, argv: list[str], says: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", module, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", module, *argv], cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert run.returncode == 2
     assert run.stdout == ""
