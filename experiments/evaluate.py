@@ -31,8 +31,17 @@ from sphere.cli import add_data_flags, add_model_flags, make_parser, positive_in
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags; those that decide the run have the names of `sphere.run.RunConfig`."""
+    """The flags; those that decide the run have the names of `sphere.run_config.RunConfig`."""
     parser = make_parser(__doc__)
+    _add_editing_flags(parser)
+    add_model_flags(parser)
+    add_data_flags(parser, limit=40)
+    _add_output_flags(parser)
+    _add_scoring_and_machine_flags(parser)
+    return parser
+
+
+def _add_editing_flags(parser: argparse.ArgumentParser) -> None:
     edit = parser.add_argument_group("editing")
     edit.add_argument("--alg_name", default="AlphaEdit", help="the method; --list_methods shows them all")
     edit.add_argument(
@@ -65,8 +74,9 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print every method with its reference and defaults, and stop",
     )
-    add_model_flags(parser)
-    add_data_flags(parser, limit=40)
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
     out = parser.add_argument_group("output")
     out.add_argument("--output_dir", default="Edited_Weight", help="where runs are written")
     out.add_argument("--stats_dir", default="data/stats", help="where second moments are kept for later runs")
@@ -90,6 +100,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument(
         "--tensorboard", action="store_true", help="also log each batch's figures as TensorBoard events"
     )
+
+
+def _add_scoring_and_machine_flags(parser: argparse.ArgumentParser) -> None:
     score = parser.add_argument_group("scoring")
     score.add_argument(
         "--skip_scoring", action="store_true", help="edit only; scripts.evaluate_each_epoch scores later"
@@ -118,7 +131,6 @@ def parser() -> argparse.ArgumentParser:
         default=2048,
         help="tokens in one forward pass: less needs less memory",
     )
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -426,8 +427,10 @@ def test_damaged_run(tiny: TinyRun, refused: Refuse) -> None:
 class Dangerous:
     """Unpickled, it would make a folder."""
 
+    folder = Path(tempfile.gettempdir()) / "executed-by-a-checkpoint"
+
     def __reduce__(self) -> Any:
-        return os.mkdir, ("/tmp/executed-by-a-checkpoint",)
+        return os.mkdir, (str(self.folder),)
 
 
 def scored(tiny: TinyRun, folder: Path, **settings: Any) -> list[str]:
@@ -479,7 +482,7 @@ def test_published_checkpoints(content: Any, says: str, tiny: TinyRun, refused: 
     said = refused(evaluate_each_epoch.main, scored(tiny, path.parent))
     assert re.search(says, said)
     assert str(path) in said
-    assert not Path("/tmp/executed-by-a-checkpoint").exists()
+    assert not Dangerous.folder.exists()
 
 
 @pytest.mark.parametrize(
