@@ -34,8 +34,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 
 from sphere.data import Record
 from sphere.distributed import Processes
-from sphere.layers import pad_left
 from sphere.packing import PackedScorer, Scored
+from sphere.padding import pad_left
 from sphere.reference_texts import load_references
 from sphere.templates import padding_id
 from sphere.tokenization import encode

@@ -8,6 +8,7 @@ of editing.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams
 from sphere.packing import PackedScorer, Scored
+from sphere.padding import PASS_OVERHEAD
 from sphere.prefix_cache import FrozenPrefixCache
 
-# What a forward pass costs beside its tokens (starting kernels, reading weights), as a number of tokens.
-PASS_OVERHEAD = {"cpu": 16, "cuda": 256}
+SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers' SDPA attention at each call
 
 
 class _Stop(Exception):
@@ -353,33 +354,19 @@ def inference(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def pad_left(rows: Sequence[Sequence[int]], width: int, value: int, device: torch.device) -> Tensor:
-    """(rows x width) of token ids, each row's tokens at its end."""
-    return torch.tensor([[value] * (width - len(r)) + list(r) for r in rows], dtype=torch.long, device=device)
+@contextmanager
+def shared_heads(device: torch.device) -> Iterator[None]:
+    """Within the block, attention on a CPU reads keys and values that heads share in place.
 
-
-def pad_right(rows: Sequence[Sequence[int]], width: int, value: int, device: torch.device) -> Tensor:
-    """(rows x width) of token ids, each row's tokens at its beginning."""
-    return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
-
-
-def packs(lengths: Sequence[int], budget: int, overhead: int = PASS_OVERHEAD["cpu"]) -> list[list[int]]:
-    """Indices of rows in groups of similar length, each at most `budget` tokens when padded (never empty).
-
-    Of all ways to cut the rows, sorted by length, into such groups: one with the least padded tokens, a further group
-    counted as `overhead` tokens.
+    Under a mask, transformers copies them for every head first, since kernels of other devices ask for it; on a CPU
+    that costs more than the attention itself. Where transformers knows no such switch, nothing changes.
     """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    least, begin = [0.0], [0]  # of the first `end` rows: the cost, and where their last group begins
-    for end, index in enumerate(order, start=1):
-        width = max(lengths[index], 1)
-        lowest = min(max(end - budget // width, 0), end - 1)
-        cost, start = min((least[i] + (end - i) * width, i) for i in range(lowest, end))
-        least.append(cost + overhead)
-        begin.append(start)
-    groups: list[list[int]] = []
-    end = len(order)
-    while end:
-        groups.append(order[begin[end] : end])
-        end = begin[end]
-    return groups[::-1]
+    before = os.environ.get(SHARED_HEADS)
+    if device.type == "cpu":
+        os.environ[SHARED_HEADS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(SHARED_HEADS, None)
+        if before is not None:
+            os.environ[SHARED_HEADS] = before

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere.layers import LayerStack, packs, pad_left, pad_right
+from sphere.layers import LayerStack
+from sphere.padding import packs, pad_left, pad_right
 from sphere.prefix_cache import FrozenPrefixCache
 
 Places = list[int]

@@ -26,8 +26,9 @@ from sphere.corpus import MAX_TOKENS, corpus_key, documents
 from sphere.errors import SphereError
 from sphere.files import atomic_path, remove_leftovers
 from sphere.hparams import HParams
-from sphere.layers import LayerStack, packs, pad_right
+from sphere.layers import LayerStack
 from sphere.models import DTYPES, Fingerprint
+from sphere.padding import packs, pad_right
 from sphere.templates import padding_id
 
 log = logging.getLogger(__name__)

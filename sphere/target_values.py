@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.hparams import TargetHParams
-from sphere.layers import LayerStack, Recording, inference, packs
+from sphere.layers import LayerStack, Recording, inference, shared_heads
+from sphere.padding import packs
 from sphere.prefixes import Places, PrefixStore
 from sphere.requests import EditRequest
 from sphere.templates import BARE, fill, padding_id
@@ -116,7 +117,7 @@ def compute_target_values(
         for index, request in enumerate(requests)
         for row in _rows(tokenizer, index, request, flat, kl=hparams.kl_factor != 0, merge=top)
     ]
-    with inference(stack.model):
+    with inference(stack.model), shared_heads(stack.device):
         loop = _Loop(stack, hparams, requests, rows, padding_id(tokenizer), batch_tokens)
         return loop.optimise(progress)
 

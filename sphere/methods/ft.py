@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams, require
-from sphere.layers import LayerStack, inference, pad_right
+from sphere.layers import LayerStack, inference
 from sphere.memory import DEVICE, Item, Sizes
 from sphere.methods.base import Method, Update, Workspace
+from sphere.padding import pad_right
 from sphere.requests import EditRequest
 from sphere.templates import padding_id
 from sphere.tokenization import encode_pair
