@@ -128,8 +128,9 @@ def _add_scoring_and_machine_flags(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--batch_tokens",
         type=positive_int,
-        default=2048,
-        help="tokens in one forward pass: less needs less memory",
+        default=None,
+        help="tokens in one forward pass, less needs less memory (default: 2048, and with a gradient what the device "
+        "has room for)",
     )
 
 

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from sphere.errors import SphereError
 from sphere.hparams import HParams, ModuleHParams, TargetHParams, load_hparams
 from sphere.layers import LayerStack
-from sphere.memory import DEVICE, DISK, FLOAT32, HOST, PHASES, Item, Sizes
+from sphere.memory import DEVICE, DISK, FLOAT32, GRADIENT_TOKENS, HOST, PHASES, Item, Sizes
 from sphere.meta import Counted, count, edited_shapes
 from sphere.methods import Method, get_method
+from sphere.methods.base import PASS_TOKENS
 from sphere.models import DTYPES, meta_model, model_label, resolve_device
 from sphere.packing import LOGIT_VALUES, ROW_TOKENS
 from sphere.run_config import RunConfig, alpha_of, hparams_path
@@ -29,6 +30,7 @@ from sphere.summary import format_lines
 # Per request, means over CounterFact with the default model's tokenizer: rows in the optimisation of z, their tokens
 # before and from the subject's last one on, scored tokens of a row; prefix tokens that are run (shared ones once).
 ROWS, PREFIX, SUFFIX, SCORED, RUN_PREFIX = 6.5, 12.5, 4.5, 1.2, 20.0
+PADDED_PREFIX = 20  # tokens before the subject's last one, as rows of a pass are padded
 RANK_SHARE = 0.25  # principal directions, as a share of the smaller side
 EIGH_FLOPS = 9  # n^3 operations of a symmetric eigendecomposition, vectors included
 SCORING_TOKENS = {True: 2048, False: 16384}  # of a forward pass, on the CPU and elsewhere
@@ -119,12 +121,13 @@ def plan_run(config: RunConfig) -> Plan:
     optimised = isinstance(hparams, TargetHParams)
     first = max(hparams.layers) + 1 if optimised else min(hparams.layers)
     shape = ModelShape.of(stack, count(stack, first, getattr(hparams, "v_loss_layer", stack.n_layers - 1)))
+    most = GRADIENT_TOKENS.get(device, GRADIENT_TOKENS["cpu"])
     items = [
         *_weights(model, sizes),
         *method.memory(hparams, sizes),
-        *_passes(method, hparams, shape, sizes, config.batch_tokens),
+        *_passes(method, hparams, shape, sizes, config.batch_tokens or most),
         *_writing(sizes, bool(config.beta_hse)),
-        *_scoring(shape, sizes, config.batch_tokens),
+        *_scoring(shape, sizes, config.batch_tokens or PASS_TOKENS),
         *_files(sizes),
     ]
     return Plan(
@@ -153,8 +156,9 @@ def _title(config: RunConfig, stack: LayerStack, sizes: Sizes, device: str) -> t
     return (
         f"{model_label(config.model_name)} ({type(model).__name__}): {parameters / 1e9:.2f} billion parameters in "
         f"{str(model.dtype).removeprefix('torch.')}, {stack.n_layers} layers, {len(sizes.edited)} edited ({shapes})",
-        f"{config.alg_name}: {sizes.n_edits} edits in batches of {sizes.num_edits}, {config.batch_tokens} tokens in a "
-        f"forward pass, on {device}{', --conserve_memory' if sizes.conserve_memory else ''}",
+        f"{config.alg_name}: {sizes.n_edits} edits in batches of {sizes.num_edits}, "
+        f"{config.batch_tokens or PASS_TOKENS} tokens in a forward pass, on {device}"
+        f"{', --conserve_memory' if sizes.conserve_memory else ''}",
     )
 
 
@@ -193,13 +197,13 @@ def _passes(
     n = min(method.at_once or sizes.num_edits, sizes.num_edits)
     tokens = min(batch_tokens, n * ROWS * SUFFIX)
     points = min(tokens / SUFFIX, n * ROWS) * (SCORED + 1 / ROWS)
-    constant = n * (RUN_PREFIX + ROWS * PREFIX)
+    constant = n * (RUN_PREFIX + ROWS * PADDED_PREFIX)
     rows = n * ROWS * (PREFIX + SUFFIX)
     return [
         _at(phase, "saved for the gradient of one pass", "t a", tokens * counted.saved),
         _at(phase, "logits of one pass and their gradient", "16 s V", 16 * points * shape.vocabulary),
         _at(phase, "first distributions of the KL term", "4 n V", FLOAT32 * n * shape.vocabulary),
-        _at(phase, "attention keys and values of prefixes", "n (20 + 6.5 x 12.5) c", constant * counted.kv),
+        _at(phase, "attention keys and values of prefixes", "n (20 + 6.5 x 20) c", constant * counted.kv),
         _at(
             "solve",
             "hidden states on their way to the keys",

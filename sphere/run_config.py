@@ -45,7 +45,7 @@ class RunConfig:
     checkpoints: str = "ends"
     log_energy_every: int = 1
     tensorboard: bool = False
-    batch_tokens: int = 2048
+    batch_tokens: int | None = None
     conserve_memory: bool = False
     use_cache: bool = False
     continue_from_run: bool = False
@@ -61,7 +61,7 @@ class RunConfig:
             raise SphereError(
                 f"--num_edits is the size of a batch and must be at least 1, got {self.num_edits}."
             )
-        if self.batch_tokens < 1:
+        if self.batch_tokens is not None and self.batch_tokens < 1:
             raise SphereError(
                 f"--batch_tokens is the size of a forward pass and must be at least 1, got {self.batch_tokens}."
             )

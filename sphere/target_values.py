@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from sphere.errors import SphereError
 from sphere.hparams import TargetHParams
 from sphere.layers import LayerStack, Recording, inference, shared_heads
+from sphere.memory import gradient_tokens
 from sphere.padding import packs
 from sphere.prefixes import Places, PrefixStore
 from sphere.requests import EditRequest
@@ -91,14 +93,14 @@ def compute_target_values(
     templates: Sequence[Sequence[str]],
     hparams: TargetHParams,
     *,
-    batch_tokens: int,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> TargetValues:
     """Optimise delta at the output of the last edited layer for all requests at once.
 
     Args:
         templates: groups of context templates with one `{}`, the bare "{}" among them.
-        batch_tokens: how many (padded) tokens one micro-batch may compute.
+        batch_tokens: how many (padded) tokens one micro-batch may compute; by default what there is room for.
 
     Returns:
         z (n x d) and what the optimisation did.
@@ -117,6 +119,8 @@ def compute_target_values(
         for index, request in enumerate(requests)
         for row in _rows(tokenizer, index, request, flat, kl=hparams.kl_factor != 0, merge=top)
     ]
+    above = stack.layers[max(hparams.layers) + 1 : hparams.v_loss_layer + 1]
+    batch_tokens = batch_tokens or gradient_tokens(above, stack.lm_head)
     with inference(stack.model), shared_heads(stack.device):
         loop = _Loop(stack, hparams, requests, rows, padding_id(tokenizer), batch_tokens)
         return loop.optimise(progress)
@@ -294,7 +298,8 @@ class _Loop:
         """Loss of each request (n,); its gradient is added to delta.grad, one micro-batch after the other."""
         total = torch.zeros_like(self.h0_norm)
         with torch.set_grad_enabled(gradient):
-            for part in [*(self._pack_losses(pack, delta) for pack in self.packs), self._decay(delta)]:
+            # One graph at a time: a list of all parts would hold those of all micro-batches.
+            for part in chain((self._pack_losses(pack, delta) for pack in self.packs), [self._decay(delta)]):
                 if gradient:
                     part.sum().backward()
                 total += part.detach()

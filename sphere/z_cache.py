@@ -86,7 +86,7 @@ class TargetValueCache:
         requests: Sequence[EditRequest],
         templates: Sequence[Sequence[str]],
         hparams: TargetHParams,
-        batch_tokens: int,
+        batch_tokens: int | None,
         compute: Callable[[], TargetValues],
     ) -> TargetValues:
         """The target values of a batch on the weights as they stand: from disk, else computed and kept."""
@@ -109,7 +109,7 @@ class TargetValueCache:
         requests: Sequence[EditRequest],
         templates: Sequence[Sequence[str]],
         hparams: TargetHParams,
-        batch_tokens: int,
+        batch_tokens: int | None,
     ) -> dict[str, Any]:
         """Everything that the numbers depend on, JSON-able."""
         rows = [self._rows(request, [t for group in templates for t in group]) for request in requests]

@@ -1,7 +1,8 @@
 """Target values z the plain way: one request at a time, the whole model at every step, logits at all positions.
 
-The same mathematics as `sphere.target_values` (ROME, eq. 4; MEMIT, eq. 14), as the published code lays it out: the
-prompts of a request, right-padded, go through the full model with a hook that adds delta at the lookup positions.
+The same mathematics as `sphere.target_values` (ROME, eq. 4; MEMIT, eq. 14), laid out as in the published code of MEMIT
+and AlphaEdit: the prompts of a request, right-padded, go through the full model with a hook that adds delta at the
+lookup positions; the KL term reads the model's own logits, the target's likelihood those of `v_loss_layer`'s output.
 """
 
 from __future__ import annotations
@@ -145,17 +146,7 @@ def _forward(
     finally:
         for handle in handles:
             handle.remove()
+    ln_f, head = model.get_submodule(hparams.ln_f_module), model.get_submodule(hparams.lm_head_module)
     next_token = logits[-1, prompts.lookups[-1]].float().log_softmax(-1)
-    if not _is_last(model, hparams):
-        ln_f, head = model.get_submodule(hparams.ln_f_module), model.get_submodule(hparams.lm_head_module)
-        logits = head(ln_f(captured["loss"]))
-    return logits[:-1].float().log_softmax(-1), next_token, captured["h0"]
-
-
-def _is_last(model: nn.Module, hparams: TargetHParams) -> bool:
-    """Whether no layer follows `v_loss_layer`: then its logits are the model's."""
-    try:
-        model.get_submodule(hparams.layer_module_tmp.format(hparams.v_loss_layer + 1))
-    except AttributeError:
-        return True
-    return False
+    target_logits = head(ln_f(captured["loss"][:-1]))
+    return target_logits.float().log_softmax(-1), next_token, captured["h0"]

@@ -94,10 +94,10 @@ class ROME(Method):
         assert self.spread is not None
         space = self.workspace
         contexts = tuple(template for group in space.templates for template in group)
-        walk = KeyWalk(space.stack, space.tokenizer, [request], [contexts], space.batch_tokens)
+        walk = KeyWalk(space.stack, space.tokenizer, [request], [contexts], space.pass_tokens)
         k_mean = walk.keys(self.layer)  # in x 1
         h0 = walk.outputs(self.layer)  # d x 1
-        bare = KeyWalk(space.stack, space.tokenizer, [request], [(BARE,)], space.batch_tokens)
+        bare = KeyWalk(space.stack, space.tokenizer, [request], [(BARE,)], space.pass_tokens)
         k = bare.keys(self.layer)[:, 0].double()  # in
         delta = self._optimise(request, module_output(space.stack.rewrite[self.layer], k), h0[:, 0])
         u = self.spread(k_mean)[:, 0].double()  # in
