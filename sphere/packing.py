@@ -140,14 +140,18 @@ def model_inputs(model: Any, batch: Sequence[Row], trees: bool) -> dict[str, Any
         lengths = np.array([len(row.tokens) for row in batch])
         present = (np.arange(length) < lengths[:, None]).astype(np.int64)
         return inputs | {"attention_mask": torch.from_numpy(present).to(device)}
-    sees = torch.from_numpy(np.stack([row.attention(length) for row in batch])).to(device)[:, None]
-    dtype = model.get_input_embeddings().weight.dtype
-    mask = torch.zeros(sees.shape, dtype=dtype, device=device)  # (B, 1, L, L)
-    mask.masked_fill_(~sees, torch.finfo(dtype).min)
+    sees = torch.from_numpy(np.stack([row.attention(length) for row in batch])).to(device)
+    mask = additive_mask(sees, model.get_input_embeddings().weight.dtype)
     positions = np.zeros((len(batch), length), dtype=np.int64)
     for b, row in enumerate(batch):
         positions[b, : len(row.depths)] = row.depths
     return inputs | {"attention_mask": mask, "position_ids": torch.from_numpy(positions).to(device)}
+
+
+def additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, Q, K) bool, who sees whom, as models take it: (B, 1, Q, K), 0 where seen and the lowest number elsewhere."""
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]
 
 
 class PackedScorer:

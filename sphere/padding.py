@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -41,3 +42,44 @@ def packs(lengths: Sequence[int], budget: int, overhead: int = PASS_OVERHEAD["cp
         groups.append(order[begin[end] : end])
         end = begin[end]
     return groups[::-1]
+
+
+def lines(lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
+    """Rows laid end to end in lines of equal width: groups of lines of indices, a group at most `budget` tokens.
+
+    Rows of similar length come together, in as few groups as hold them (a row longer than the budget is its own); the
+    width of a group is the one, up to twice its longest row, that leaves least empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    total = sum(lengths)
+    for count in range(max(math.ceil(total / budget), 1), len(lengths) + 1):
+        groups: dict[int, list[int]] = {}
+        before = 0
+        for index in order:
+            groups.setdefault(min(before * count // max(total, 1), count - 1), []).append(index)
+            before += lengths[index]
+        filled = [_fill(group, lengths) for group in groups.values()]
+        if all(len(group) == 1 or tokens <= budget for group, tokens in filled):
+            return [group for group, _ in filled]
+    return [[[index]] for index in order]
+
+
+def _fill(rows: Sequence[int], lengths: Sequence[int]) -> tuple[list[list[int]], int]:
+    """Lines of rows given in decreasing length, and their tokens with padding (first fit for each width tried)."""
+    longest = max(lengths[rows[0]], 1)
+    best: tuple[list[list[int]], int] | None = None
+    for width in range(longest, 2 * longest + 1):
+        found: list[list[int]] = []
+        room: list[int] = []
+        for index in rows:
+            place = next((n for n, left in enumerate(room) if left >= lengths[index]), len(room))
+            if place == len(room):
+                found.append([])
+                room.append(width)
+            found[place].append(index)
+            room[place] -= lengths[index]
+        tokens = len(found) * (width - min(room))
+        if best is None or tokens < best[1]:
+            best = found, tokens
+    assert best is not None
+    return best

@@ -6,16 +6,25 @@ Knows token ids and a `LayerStack`. Knows nothing of requests, templates or what
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sphere.layers import LayerStack
+from sphere.packing import additive_mask
 from sphere.padding import packs, pad_left, pad_right
 from sphere.prefix_cache import FrozenPrefixCache
 
 Places = list[int]
+NOBODY = -1  # owner of padding
+
+
+class Segment(NamedTuple):
+    """Token ids behind a stored prefix."""
+
+    behind: Places
+    ids: Sequence[int]
 
 
 class PrefixStore:
@@ -50,23 +59,39 @@ class PrefixStore:
         places = {key: root + mine for (key, (root, _)), mine in zip(rest.items(), own, strict=True)}
         return [places[group, *prefix] for prefix, group in zip(prefixes, groups, strict=True)]
 
-    def inputs(self, prefixes: Sequence[Places], ids: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Arguments of the model for token ids behind stored prefixes: prefixes left-padded, ids right-padded."""
+    def inputs(self, lines: Sequence[Sequence[Segment]]) -> dict[str, Any]:
+        """Arguments of the model for lines of segments, prefixes left-padded, token ids right-padded.
+
+        Segments that share a line do not see each other, which takes a model that heeds such masks
+        (`LayerStack.takes_trees`); for lines of one segment any model will do.
+        """
         device = self.stack.device
+        prefixes = [[place for segment in line for place in segment.behind] for line in lines]
+        ids = [[token for segment in line for token in segment.ids] for line in lines]
+        positions = [[len(s.behind) + i for s in line for i in range(len(s.ids))] for line in lines]
         before, after = max(map(len, prefixes)), max(map(len, ids))
-        columns = torch.arange(before + after, device=device)[None]
-        starts = before - torch.tensor([len(p) for p in prefixes], device=device)[:, None]
-        ends = before + torch.tensor([len(i) for i in ids], device=device)[:, None]
-        mask = (columns >= starts) & (columns < ends)  # rows x (before + after)
         inputs: dict[str, Any] = {
             "input_ids": pad_right(ids, after, self.pad, device),
-            "attention_mask": mask.long(),
-            "position_ids": (columns - starts).clamp(min=0)[:, before:],
+            "attention_mask": self._mask(lines, before, after),
+            "position_ids": pad_right(positions, after, 0, device),
             "use_cache": before > 0,
         }
         if before:
             inputs["past_key_values"] = self._cache(prefixes, before)
         return inputs
+
+    def _mask(self, lines: Sequence[Sequence[Segment]], before: int, after: int) -> Tensor:
+        """(lines x (before + after)) of present tokens; of segments in common lines, what each token sees."""
+        device, model = self.stack.device, self.stack.model
+        behind = [[n for n, s in enumerate(line) for _ in s.behind] for line in lines]
+        own = [[n for n, s in enumerate(line) for _ in s.ids] for line in lines]
+        queries = pad_right(own, after, NOBODY, device)
+        keys = torch.cat([pad_left(behind, before, NOBODY - 1, device), queries], dim=1)
+        if max(map(len, lines)) == 1:
+            return (keys >= 0).long()
+        sees = queries[:, :, None] == keys[:, None, :]  # lines x after x (before + after)
+        sees[:, :, before:] &= torch.ones(after, after, dtype=torch.bool, device=device).tril()
+        return additive_mask(sees, model.get_input_embeddings().weight.dtype)
 
     def _cache(self, prefixes: Sequence[Places], width: int) -> FrozenPrefixCache:
         """The keys and values of stored prefixes, left-padded to `width`."""
@@ -86,7 +111,7 @@ class PrefixStore:
         filled = [i for i, row in enumerate(ids) if row]
         for group in packs([len(ids[i]) for i in filled], self.batch_tokens, self.stack.pass_overhead):
             chosen = [filled[i] for i in group]
-            inputs = self.inputs([prefixes[i] for i in chosen], [ids[i] for i in chosen])
+            inputs = self.inputs([[Segment(prefixes[i], ids[i])] for i in chosen])
             own = inputs["attention_mask"][:, -inputs["input_ids"].shape[1] :].bool()  # rows x after
             for layer, (keys, values) in enumerate(self.stack.fill_cache(inputs).keys_and_values()):
                 mask = own.to(keys.device)

@@ -3,17 +3,18 @@
 All requests of a batch are optimised together, and nothing is computed that cannot change the result:
 positions before the lookup token are constant, so their attention keys and values are kept from one first pass, and
 what the rows of a context template share is run once; layers up to z see no change, so the loop starts above them;
-the top layer's MLP and the logits are computed only where they are scored; a request whose loss is small enough leaves
-the loop with all its rows; the last step, which takes no update, needs no gradient.
+the top layer's MLP and the logits are computed only where they are scored; rows are laid end to end, so that few and
+full matrices are multiplied; requests whose loss is small enough leave the loop with all their rows; the last step,
+which takes no update, needs no gradient.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ from sphere.errors import SphereError
 from sphere.hparams import TargetHParams
 from sphere.layers import LayerStack, Recording, inference, shared_heads
 from sphere.memory import gradient_tokens
-from sphere.padding import packs
-from sphere.prefixes import Places, PrefixStore
+from sphere.padding import lines, packs
+from sphere.prefixes import Places, PrefixStore, Segment
 from sphere.requests import EditRequest
 from sphere.templates import BARE, fill, padding_id
 from sphere.tokenization import encode, encode_pair, subject_token
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 LOSS_TOLERANCE = 5e-2
 ESSENCE = "{} is a"
 WATCHED_LATE = ("cuda",)
+REPACKED = 0.8  # share of the computed tokens that is open, at which what is done is left out
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class _Row:
     scored: tuple[tuple[int, int], ...] = ()
     essence: bool = False
     bare: bool = False
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """What tells it from other rows."""
+        return self.request, self.template
 
     @property
     def prefix(self) -> list[int]:
@@ -162,57 +169,56 @@ def _rows(
 
 
 class _Pack:
-    """Rows computed together: the hidden states of their suffixes entering the loop, and where they are measured."""
+    """Lines computed together: the hidden states of their suffixes entering the loop, and where they are measured.
+
+    The rows of a line follow each other without seeing each other.
+    """
 
     def __init__(
         self,
         stack: LayerStack,
         store: PrefixStore,
-        rows: list[_Row],
-        places: list[Places],
+        lines: list[list[_Row]],
+        places: dict[tuple[int, str], Places],
         first: int,
         last: int,
     ) -> None:
         self.last = last
+        segments = [[Segment(places[row.key], row.suffix) for row in line] for line in lines]
         with torch.no_grad():
-            self.recording: Recording = stack.record(
-                store.inputs(places, [row.suffix for row in rows]), first, last
-            )
+            self.recording: Recording = stack.record(store.inputs(segments), first, last)
         self.kl_reference: Tensor | None = None  # essence rows x vocabulary, of the first step
-        self._index(rows)
-
-    def _index(self, rows: list[_Row]) -> None:
         device = self.recording.hidden.device  # delta's, which need not be that of the token ids
-        self.rows = rows
-        self.requests = torch.tensor([row.request for row in rows], device=device)
-        scored = [(i, p - row.lookup, y) for i, row in enumerate(rows) for p, y in row.scored]
-        essence = [(i, 0) for i, row in enumerate(rows) if row.essence]
-        points = {point: n for n, point in enumerate(dict.fromkeys([(i, p) for i, p, _ in scored] + essence))}
+        self.rows = [row for line in lines for row in line]
+        at = []  # where each row's lookup token is
+        for number, line in enumerate(lines):
+            ends = accumulate(len(row.suffix) for row in line)
+            at += [(number, end - len(row.suffix)) for row, end in zip(line, ends, strict=True)]
+        scored = [
+            ((line, column + position - row.lookup), label, row)
+            for (line, column), row in zip(at, self.rows, strict=True)
+            for position, label in row.scored
+        ]
+        essence = [(place, row) for place, row in zip(at, self.rows, strict=True) if row.essence]
+        measured = [place for place, *_ in scored] + [place for place, _ in essence]
+        points = {place: n for n, place in enumerate(dict.fromkeys(measured))}
 
-        def tensor(values: list[float], dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
+        def tensor(values: Iterable[float], dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=device)
 
-        self.point_row, self.point_position = tensor([i for i, _ in points]), tensor([p for _, p in points])
-        self.score_point = tensor([points[i, p] for i, p, _ in scored])
-        self.labels = tensor([y for _, _, y in scored])
-        self.shares = tensor([1 / len(rows[i].scored) for i, _, _ in scored], torch.float32)
-        self.score_request = tensor([rows[i].request for i, _, _ in scored])
-        self.kl_point = tensor([points[point] for point in essence])
-        self.kl_request = tensor([rows[i].request for i, _ in essence])
+        self.requests = tensor(row.request for row in self.rows)
+        self.line, self.column = tensor(line for line, _ in at), tensor(column for _, column in at)
+        self.point_line, self.point_column = tensor(i for i, _ in points), tensor(j for _, j in points)
+        self.score_point = tensor(points[place] for place, *_ in scored)
+        self.labels = tensor(label for _, label, _ in scored)
+        self.shares = tensor((1 / len(row.scored) for *_, row in scored), torch.float32)
+        self.score_request = tensor(row.request for *_, row in scored)
+        self.kl_point = tensor(points[place] for place, _ in essence)
+        self.kl_request = tensor(row.request for _, row in essence)
 
-    def keep(self, alive: Sequence[bool]) -> None:
-        """Drop the rows of requests that are done."""
-        kept = [i for i, row in enumerate(self.rows) if alive[row.request]]
-        if len(kept) == len(self.rows):
-            return
-        if kept:
-            self.recording = self.recording.select(torch.tensor(kept, device=self.recording.hidden.device))
-        if self.kl_reference is not None:
-            essence = [alive[row.request] for row in self.rows if row.essence]
-            self.kl_reference = self.kl_reference[
-                torch.tensor(essence, dtype=torch.bool, device=self.kl_reference.device)
-            ]
-        self._index([self.rows[i] for i in kept])
+    def at_lookups(self) -> Tensor:
+        """What enters the loop at each row's lookup token: (rows x d)."""
+        return self.recording.hidden[self.line, self.column]
 
 
 class _Loop:
@@ -234,26 +240,35 @@ class _Loop:
                 f"v_loss_layer {hparams.v_loss_layer} lies below the last edited layer {self.z_layer}: raise it."
             )
         self.prompts_per_request = sum(bool(row.scored) for row in rows) // len(requests)
-        self.packs = self._pack(rows, PrefixStore(stack, pad, batch_tokens))
+        self.store = PrefixStore(stack, pad, batch_tokens)
+        places = self.store.add([row.prefix for row in rows], [row.template for row in rows])
+        self.places = {row.key: place for row, place in zip(rows, places, strict=True)}
+        self.together = stack.takes_trees(max((row.ids for row in rows), key=len))
+        self.packs = self._pack(rows)
         bare = {
-            r.request: p.recording.hidden[i, 0] for p in self.packs for i, r in enumerate(p.rows) if r.bare
+            row.request: hidden
+            for pack in self.packs
+            for row, hidden in zip(pack.rows, pack.at_lookups(), strict=True)
+            if row.bare
         }
         h0 = torch.stack([bare[i] for i in range(len(requests))])  # n x d
         self.h0 = h0.to(torch.promote_types(h0.dtype, torch.float32))
         self.h0_norm = self.h0.norm(dim=1)  # n
 
-    def _pack(self, rows: Sequence[_Row], store: PrefixStore) -> list[_Pack]:
-        """Micro-batches of rows with suffixes of similar length that end at the same layer."""
-        places = store.add([row.prefix for row in rows], [row.template for row in rows])
-        top, result = self.stack.n_layers - 1, []
+    def _pack(self, rows: Sequence[_Row]) -> list[_Pack]:
+        """Micro-batches of lines that end at the same layer; a row has a line of its own where models ask for it."""
+        top, budget, result = self.stack.n_layers - 1, self.store.batch_tokens, []
         last = [top if row.essence else self.hparams.v_loss_layer for row in rows]
         for layer in sorted(set(last)):
-            chosen = [i for i in range(len(rows)) if last[i] == layer]
-            lengths = [len(rows[i].suffix) for i in chosen]
-            for group in packs(lengths, store.batch_tokens, self.stack.pass_overhead):
-                group = [chosen[i] for i in group]
-                own, behind = [rows[i] for i in group], [places[i] for i in group]
-                result.append(_Pack(self.stack, store, own, behind, self.z_layer + 1, layer))
+            chosen = [row for row, its in zip(rows, last, strict=True) if its == layer]
+            lengths = [len(row.suffix) for row in chosen]
+            if self.together:
+                groups = lines(lengths, budget)
+            else:
+                groups = [[[i] for i in group] for group in packs(lengths, budget, self.stack.pass_overhead)]
+            for group in groups:
+                own = [[chosen[i] for i in line] for line in group]
+                result.append(_Pack(self.stack, self.store, own, self.places, self.z_layer + 1, layer))
         return result
 
     def optimise(self, progress: bool) -> TargetValues:
@@ -311,11 +326,11 @@ class _Loop:
         The mean over prompts of the mean negative log-likelihood of the target's tokens, and
         kl_factor * KL(now || first step) of the next token after "{subject} is a"'s lookup position.
         """
-        hidden = pack.recording.hidden  # rows x positions x d; the lookup position comes first
-        at_lookup = hidden[:, 0].to(delta.dtype) + delta[pack.requests]  # rows x d
-        hidden = torch.cat([at_lookup.to(hidden.dtype)[:, None], hidden[:, 1:]], dim=1)
+        hidden = pack.recording.hidden  # lines x positions x d
+        at_lookup = pack.at_lookups().to(delta.dtype) + delta[pack.requests]  # rows x d
+        hidden = hidden.index_put((pack.line, pack.column), at_lookup.to(hidden.dtype))
         points = self.stack.run_at(
-            pack.recording, hidden, self.z_layer + 1, pack.last, pack.point_row, pack.point_position
+            pack.recording, hidden, self.z_layer + 1, pack.last, pack.point_line, pack.point_column
         )
         logits = self.stack.logits(points)  # points x vocabulary
         scored, labels = pack.score_point.to(logits.device), pack.labels.to(logits.device)
@@ -341,9 +356,21 @@ class _Loop:
         delta.mul_((limit / delta.norm(dim=1).clamp(min=1e-30)).clamp(max=1.0)[:, None])
 
     def _drop(self, is_open: Sequence[bool]) -> None:
+        """Lay out anew what is open, once that is enough less than what is computed."""
+        rows = [row for pack in self.packs for row in pack.rows]
+        left = [row for row in rows if is_open[row.request]]
+        if sum(len(row.suffix) for row in left) > REPACKED * sum(len(row.suffix) for row in rows):
+            return
+        references = {
+            request: reference
+            for pack in self.packs
+            if pack.kl_reference is not None
+            for request, reference in zip(pack.kl_request.tolist(), pack.kl_reference, strict=True)
+        }
+        self.packs = self._pack(left)
         for pack in self.packs:
-            pack.keep(is_open)
-        self.packs = [pack for pack in self.packs if pack.rows]
+            if len(pack.kl_request):
+                pack.kl_reference = torch.stack([references[i] for i in pack.kl_request.tolist()])
 
     def _report_not_finite(self, losses: Tensor, taken: Tensor) -> None:
         broken = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()

@@ -16,6 +16,7 @@ from benchmarks.plain.target_values import plain_target_values
 from sphere import EditRequest, SphereError, target_values
 from sphere.hparams import TargetHParams
 from sphere.layers import LayerStack
+from sphere.padding import lines
 from sphere.target_values import TargetValues, compute_target_values
 
 TEMPLATES = (("{}",), ("The sun is up. {}", "Therefore it goes. {}"))
@@ -192,7 +193,10 @@ def test_top_mlp_only_where_it_is_scored(tiny_tokenizer):
 
         module.register_forward_pre_hook(count)
     fact = REQUESTS[0]  # 3 prompts of " is Welsh" behind the lookup token; 6 of its letters are scored
-    fast(model, tiny_tokenizer, [fact], hparams)
+    stack = LayerStack(model, hparams)
+    stack.takes_trees([1, 2])  # asks the model, once
+    seen.clear()
+    compute_target_values(stack, tiny_tokenizer, [fact], TEMPLATES, hparams, progress=False)
     prefix_pass = seen["model.layers.3.mlp.up_proj"] - (3 * 6 + 1)
     assert seen["lm_head"] == 3 * 6 + 1
     assert prefix_pass < seen["model.layers.2.mlp.up_proj"]
@@ -211,7 +215,7 @@ def test_a_broken_model_is_named(tiny_tokenizer):
 
 
 def test_requests_leave_one_after_the_other(tiny_tokenizer):
-    """Packs lose their essence rows before their other rows, and go on."""
+    """The rows that stay are laid out anew, and keep the distribution that KL is taken from."""
     model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES)
     stack, flat = LayerStack(model, hparams), [t for group in TEMPLATES for t in group]
     rows = [
@@ -223,12 +227,37 @@ def test_requests_leave_one_after_the_other(tiny_tokenizer):
     delta = torch.zeros_like(loop.h0)
     first = loop._losses(delta, gradient=False)
     alive = [True] * len(FACTS)
+    width = loop.packs[0].recording.hidden.shape[1]
+    assert width >= max(len(row.suffix) for row in rows)
+    assert len(loop.packs[0].recording.hidden) < len(rows)  # rows share lines
     for leaving in (3, 0, 5, 1, 4):
         alive[leaving] = False
         loop._drop(alive)
         now = loop._losses(delta, gradient=False)
         assert torch.allclose(now[torch.tensor(alive)], first[torch.tensor(alive)], rtol=1e-4)
-    for pack in loop.packs:
-        pack.keep([False] * len(FACTS))
-        pack.keep([False] * len(FACTS))
-        assert not pack.rows
+    assert {row.request for pack in loop.packs for row in pack.rows} == {2}
+
+
+def test_a_model_that_does_not_heed_masks(model_and_hparams, tiny_tokenizer, monkeypatch):
+    """Each row gets a line of its own."""
+    model, hparams = model_and_hparams
+    expected = fast(model, tiny_tokenizer, FACTS, hparams)
+    monkeypatch.setattr(LayerStack, "takes_trees", lambda *_: False)
+    assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), expected, 1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 40, 1000])
+def test_lines(budget):
+    """Each row once, groups within the budget, little left empty."""
+    pick = random.Random(budget)
+    for count in (0, 1, 2, 30, 90):
+        lengths = [pick.randint(1, 12) for _ in range(count)]
+        groups = lines(lengths, budget)
+        assert sorted(i for group in groups for line in group for i in line) == list(range(count))
+        padded = 0
+        for group in groups:
+            filled = [sum(lengths[i] for i in line) for line in group]
+            assert len(group) == 1 or max(filled) * len(group) <= budget
+            padded += max(filled) * len(group)
+        if budget == 1000 and count == 90:
+            assert padded <= 1.05 * sum(lengths)
