@@ -86,6 +86,7 @@ def compare(
     device: str | torch.device = "cpu",
     turns: int = 3,
     warm_plain: bool = True,
+    warm_fast: bool = True,
     before: Callable[[], Any] = lambda: None,
     goal: float | None = None,
     note: str | Callable[[Measured], str] = "",
@@ -94,15 +95,17 @@ def compare(
 
     Args:
         plain: the plain way; called `turns` times, before that once for its memory unless `warm_plain` is false.
-        fast: the fast way; called `turns` + 2 times. Both must do the same work whenever they are called.
+        fast: the fast way; called `turns` + 2 times, once less where `warm_fast` is false. Both must do the same work
+            whenever they are called.
         difference: (fast result, plain result) -> largest relative difference.
         before: puts things back before each call, unmeasured; for a fast way that moves on.
         note: text, or a function of the fast way's measurements.
     """
     device = torch.device(device)
     ways = (plain, fast)
-    before()
-    fast()
+    if warm_fast:
+        before()
+        fast()
     peaks: list[int | None] = [peak_of(plain, device) if warm_plain else None]
     before()
     peaks.append(peak_of(fast, device))

@@ -1,6 +1,7 @@
 """Target values z of a batch at once, beside one request at a time through the whole model.
 
     python -m benchmarks.target_values
+    python -m benchmarks.target_values --n 20 --products model
     python -m benchmarks.target_values --device cuda     # random Qwen2.5-7B
 
 The plain way optimises the first few requests of the batch, one by one; seconds and memory are per request. The
@@ -9,6 +10,7 @@ difference is the largest of these requests' z, relative to its norm.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 from typing import Any
 
@@ -22,18 +24,20 @@ from sphere.cli import positive_int, run_cli
 from sphere.data import load_records
 from sphere.hparams import TargetHParams
 from sphere.layers import LayerStack
+from sphere.run_config import Z_PRODUCTS
 from sphere.target_values import compute_target_values
 
-GOALS = {20: 6.0, 50: 10.0}  # requests in a batch -> wanted ratio on the CPU
+# Requests in a batch and the type that the fast way multiplies in -> wanted ratio on the CPU.
+GOALS = {(20, "model"): 6.0, (50, "bfloat16"): 10.0}
 
 
 def measure(
-    model: Any, tokenizer: Any, hparams: TargetHParams, n: int, few: int, batch_tokens: int, turns: int
+    model: Any, tokenizer: Any, hparams: TargetHParams, n: int, products: str, args: argparse.Namespace
 ) -> Row:
     """One row, per request."""
     stack = LayerStack(model, hparams)
     requests = [record.request for record in load_records("starter", "data", n)]
-    few = min(few, n)
+    few = min(args.few, n)
     chosen = list(range(0, n, n // few))[:few]
 
     def by_plain() -> Tensor:
@@ -41,19 +45,27 @@ def measure(
 
     def fast() -> Tensor:
         found = compute_target_values(
-            stack, tokenizer, requests, TEMPLATES, hparams, batch_tokens=batch_tokens, progress=False
+            stack,
+            tokenizer,
+            requests,
+            TEMPLATES,
+            hparams,
+            batch_tokens=args.batch_tokens,
+            products=Z_PRODUCTS[products],
+            progress=False,
         )
         return found.z[chosen]
 
     row = compare(
-        "target values z, per request",
+        "target values z, per request" + (f", products in {products}" if products != "model" else ""),
         f"{n} requests in {sum(map(len, TEMPLATES))} templates, {hparams.v_num_grad_steps} steps",
         by_plain,
         fast,
         difference=lambda a, b: max(relative(x, y) for x, y in zip(a, b, strict=True)),
         device=stack.device,
-        turns=turns,
-        goal=GOALS.get(n) if stack.device.type == "cpu" else None,
+        turns=args.turns,
+        warm_fast=False,
+        goal=GOALS.get((n, products)) if stack.device.type == "cpu" else None,
         note=f"plain: {few} of the requests, its memory is that of one",
     )
     return dataclasses.replace(
@@ -68,18 +80,29 @@ def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = benchmark_parser(__doc__, turns=1)
     parser.add_argument("--n", type=positive_int, nargs="+", default=None, help="requests of a batch")
-    parser.add_argument("--few", type=positive_int, default=4, help="requests that the plain way takes")
+    parser.add_argument("--few", type=positive_int, default=2, help="requests that the plain way takes")
     parser.add_argument(
         "--steps", type=positive_int, default=None, help="steps (default: as many as in editing)"
     )
     parser.add_argument("--batch_tokens", type=positive_int, default=2048)
+    parser.add_argument(
+        "--products",
+        choices=list(Z_PRODUCTS),
+        nargs="+",
+        default=None,
+        help="types that the fast way multiplies in",
+    )
     args = parser.parse_args(argv)
     device = device_of(args)
+    args.products = args.products or list(Z_PRODUCTS)[: 1 if device.type == "cuda" else None]
     model, tokenizer, hparams = benchmark_model(device)
     if args.steps:
         hparams = dataclasses.replace(hparams, v_num_grad_steps=args.steps)
     counts = args.n or ([100] if device.type == "cuda" else [20, 50])
-    rows = [measure(model, tokenizer, hparams, n, args.few, args.batch_tokens, args.turns) for n in counts]
+    runs = [(n, products) for n in counts for products in args.products]
+    if args.n is None:
+        runs = [run for run in runs if run != (20, "bfloat16")]
+    rows = [measure(model, tokenizer, hparams, n, products, args) for n, products in runs]
     return finish(rows, args)
 
 

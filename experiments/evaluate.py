@@ -132,6 +132,13 @@ def _add_scoring_and_machine_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens in one forward pass, less needs less memory (default: 2048, and with a gradient what the device "
         "has room for)",
     )
+    machine.add_argument(
+        "--z_products",
+        choices=["model", "bfloat16"],
+        default="model",
+        help="type in which the layers above z multiply while z is sought; its state stays in float32. bfloat16 is "
+        "faster for a float32 model where the processor knows it (default: the model's)",
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

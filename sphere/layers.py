@@ -9,13 +9,15 @@ of editing.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams
@@ -352,6 +354,41 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(training)
         for parameter in required:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def products_in(dtype: torch.dtype | None, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block the linear maps of `layers` multiply in `dtype`; what enters and leaves them keeps its own.
+
+    Args:
+        dtype: None changes nothing.
+    """
+    with ExitStack() as restored:
+        for module in chain.from_iterable(layer.modules() for layer in layers):
+            if dtype is not None and isinstance(module, nn.Linear | Conv1D):
+                restored.enter_context(_multiplying_in(dtype, module))
+        yield
+
+
+@contextmanager
+def _multiplying_in(dtype: torch.dtype, module: Any) -> Iterator[None]:
+    own, forward = (
+        "forward" in vars(module),
+        module.forward,
+    )  # a device map gives modules a `forward` of their own
+
+    def lower(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype):
+            return forward(x).to(x.dtype)
+
+    module.forward = lower
+    try:
+        yield
+    finally:
+        if own:
+            module.forward = forward
+        else:
+            del module.forward
 
 
 @contextmanager

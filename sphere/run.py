@@ -40,7 +40,7 @@ from sphere.hparams import load_hparams
 from sphere.methods import Workspace, get_method
 from sphere.models import load_model, model_label
 from sphere.monitor import Board, Monitor, check_tensorboard
-from sphere.run_config import RunConfig, alpha_of, describe, folder_of, hparams_path, saved_at
+from sphere.run_config import Z_PRODUCTS, RunConfig, alpha_of, describe, folder_of, hparams_path, saved_at
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +120,7 @@ def _execute(config: RunConfig, command: str | None, processes: Processes) -> Ru
         stats_dir=config.stats_dir,
         cache_dir=config.cache_dir if config.use_cache else None,
         batch_tokens=config.batch_tokens,
+        z_products=Z_PRODUCTS[config.z_products],
         conserve_memory=config.conserve_memory,
         given_templates=previous.get("templates"),
         progress=processes.main,
@@ -155,6 +156,7 @@ def _decided(
         "beta_hse": config.beta_hse,
         "alpha": alpha,
         "seed": config.seed,
+        "z_products": config.z_products,
         "model": workspace.fingerprint.now(),
         "model_dtype": str(workspace.model.dtype),
     }

@@ -20,6 +20,8 @@ from sphere.errors import SphereError
 from sphere.methods import get_method
 from sphere.models import DEFAULT_MODEL, model_label
 
+Z_PRODUCTS = {"model": None, "bfloat16": torch.bfloat16}
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -46,6 +48,7 @@ class RunConfig:
     log_energy_every: int = 1
     tensorboard: bool = False
     batch_tokens: int | None = None
+    z_products: str = "model"
     conserve_memory: bool = False
     use_cache: bool = False
     continue_from_run: bool = False
@@ -64,6 +67,11 @@ class RunConfig:
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise SphereError(
                 f"--batch_tokens is the size of a forward pass and must be at least 1, got {self.batch_tokens}."
+            )
+        if self.z_products not in Z_PRODUCTS:
+            raise SphereError(
+                f"--z_products is {' or '.join(Z_PRODUCTS)}, the type that the search for z multiplies in; got "
+                f"'{self.z_products}'."
             )
         if not 0 <= self.seed < 2**63:
             raise SphereError(f"--seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.")

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.hparams import TargetHParams
-from sphere.layers import LayerStack, Recording, inference, shared_heads
+from sphere.layers import LayerStack, Recording, inference, products_in, shared_heads
 from sphere.memory import gradient_tokens
 from sphere.padding import lines, packs
 from sphere.prefixes import Places, PrefixStore, Segment
@@ -101,6 +101,7 @@ def compute_target_values(
     hparams: TargetHParams,
     *,
     batch_tokens: int | None = None,
+    products: torch.dtype | None = None,
     progress: bool = True,
 ) -> TargetValues:
     """Optimise delta at the output of the last edited layer for all requests at once.
@@ -108,6 +109,7 @@ def compute_target_values(
     Args:
         templates: groups of context templates with one `{}`, the bare "{}" among them.
         batch_tokens: how many (padded) tokens one micro-batch may compute; by default what there is room for.
+        products: type in which the layers above z multiply while z is sought; None: the model's own.
 
     Returns:
         z (n x d) and what the optimisation did.
@@ -130,7 +132,8 @@ def compute_target_values(
     batch_tokens = batch_tokens or gradient_tokens(above, stack.lm_head)
     with inference(stack.model), shared_heads(stack.device):
         loop = _Loop(stack, hparams, requests, rows, padding_id(tokenizer), batch_tokens)
-        return loop.optimise(progress)
+        with products_in(products, above):
+            return loop.optimise(progress)
 
 
 def _rows(

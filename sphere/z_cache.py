@@ -21,7 +21,7 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -86,11 +86,11 @@ class TargetValueCache:
         requests: Sequence[EditRequest],
         templates: Sequence[Sequence[str]],
         hparams: TargetHParams,
-        batch_tokens: int | None,
+        passes: Mapping[str, Any],
         compute: Callable[[], TargetValues],
     ) -> TargetValues:
         """The target values of a batch on the weights as they stand: from disk, else computed and kept."""
-        key = self.key(requests, templates, hparams, batch_tokens)
+        key = self.key(requests, templates, hparams, passes)
         path = self.path(key)
         found = self._read(path, key, len(requests))
         if found is not None:
@@ -109,9 +109,9 @@ class TargetValueCache:
         requests: Sequence[EditRequest],
         templates: Sequence[Sequence[str]],
         hparams: TargetHParams,
-        batch_tokens: int | None,
+        passes: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Everything that the numbers depend on, JSON-able."""
+        """Everything that the numbers depend on, JSON-able; `passes`: how they are computed."""
         rows = [self._rows(request, [t for group in templates for t in group]) for request in requests]
         return {
             "weights": self.fingerprint.now(),
@@ -120,7 +120,7 @@ class TargetValueCache:
             "hparams": {name: getattr(hparams, name) for name in HPARAMS},
             "templates": [list(group) for group in templates],
             "requests": _digest(rows),
-            "batch_tokens": batch_tokens,
+            "passes": dict(passes),
         }
 
     def path(self, key: dict[str, Any]) -> Path:

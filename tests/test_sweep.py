@@ -97,7 +97,12 @@ def test_a_killed_sweep_goes_on_and_ends_in_one_table(world):
     settings = {
         k: v for k, v in after[name]["settings"].items() if k not in ("generation_interval", "hparams")
     }
-    alone = execute(RunConfig(**settings | {"output_dir": str(world.folder / "alone")}))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the jobs: Adam makes much of a rounding error where a gradient is near zero
+    try:
+        alone = execute(RunConfig(**settings | {"output_dir": str(world.folder / "alone")}))
+    finally:
+        torch.set_num_threads(threads)
     resumed = load_file(world.folder / "sweep" / name / "edit_12.safetensors")
     for key, weight in load_file(alone.folder / "edit_12.safetensors").items():
         assert torch.allclose(resumed[key], weight, rtol=1e-4, atol=1e-6)

@@ -246,6 +246,25 @@ def test_a_model_that_does_not_heed_masks(model_and_hparams, tiny_tokenizer, mon
     assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), expected, 1e-4)
 
 
+def test_products_in_bfloat16(model_and_hparams, tiny_tokenizer):
+    """z moves by what rounding makes of it, h0 not at all, and the model is left as it was."""
+    model, hparams = model_and_hparams
+    stack = LayerStack(model, hparams)
+    exact, lower = (
+        compute_target_values(
+            stack, tiny_tokenizer, FACTS, TEMPLATES, hparams, products=products, progress=False
+        )
+        for products in (None, torch.bfloat16)
+    )
+    assert torch.equal(lower.h0, exact.h0)
+    delta, its = exact.z - exact.h0, lower.z - lower.h0
+    assert 1e-5 < (delta - its).norm() / delta.norm() < 0.2
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(
+        fast(model, tiny_tokenizer, FACTS, hparams).z, fast(model, tiny_tokenizer, FACTS, hparams).z
+    )
+
+
 @pytest.mark.parametrize("budget", [1, 7, 40, 1000])
 def test_lines(budget):
     """Each row once, groups within the budget, little left empty."""

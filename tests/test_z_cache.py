@@ -44,7 +44,11 @@ def space(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[.
     """Workspaces with one cache among them."""
 
     def make(model: Any = None, method: str = "AlphaEdit", **changes: Any) -> Workspace:
-        options = {name: changes.pop(name) for name in ("given_templates", "batch_tokens") if name in changes}
+        options = {
+            name: changes.pop(name)
+            for name in ("given_templates", "batch_tokens", "z_products")
+            if name in changes
+        }
         hparams = tiny_hparams(LLAMA_MODULES, get_method(method).hparams_class, **changes)
         return Workspace(
             model or tiny_llama(),
@@ -118,6 +122,7 @@ def changed_config() -> Any:
         {"given_templates": (("{}",), ("Yes. {}", "So. {}"))},
         {"given_templates": (("{}",), ("No. {}", "Yes. {}"))},
         {"batch_tokens": 300},
+        {"z_products": torch.bfloat16},
     ],
     ids=str,
 )

@@ -48,6 +48,7 @@ class Workspace:
         cache_dir: where target values are kept for methods and runs that share them; None keeps none.
         batch_tokens: how many (padded) tokens one forward pass may hold; by default PASS_TOKENS, and with a gradient
             what `sphere.memory.gradient_tokens` finds room for.
+        z_products: type in which the layers above z multiply while z is sought; None: the model's own.
         conserve_memory: what is needed now and then stays on the CPU: second moments and what is made of them, earlier
             keys and the solve with them, the weights before a batch and before the first one.
         processes: among which the target values of a batch are shared out, all of them editing alike.
@@ -61,6 +62,7 @@ class Workspace:
     cache_dir: Path | None = None
     seed: int = 0
     batch_tokens: int | None = None
+    z_products: torch.dtype | None = None
     conserve_memory: bool = False
     progress: bool = True
     given_templates: Sequence[Sequence[str]] | None = None
@@ -150,12 +152,14 @@ class Workspace:
                 self.templates,
                 h,
                 batch_tokens=self.batch_tokens,
+                products=self.z_products,
                 progress=progress and self.progress,
             )
 
         if self.z_cache is None:
             return compute()
-        return self.z_cache.get(requests, self.templates, h, self.batch_tokens, compute)
+        passes = {"batch_tokens": self.batch_tokens, "products": str(self.z_products)}
+        return self.z_cache.get(requests, self.templates, h, passes, compute)
 
     @cached_property
     def z_cache(self) -> TargetValueCache | None:
