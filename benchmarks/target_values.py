@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import Row, benchmark_parser, compare, device_of, finish, relative
+from benchmarks.common import Measured, Row, benchmark_parser, compare, device_of, finish, relative
 from benchmarks.keys import TEMPLATES
 from benchmarks.models import benchmark_model
 from benchmarks.plain.target_values import plain_target_values
@@ -24,8 +26,9 @@ from sphere.cli import positive_int, run_cli
 from sphere.data import load_records
 from sphere.hparams import TargetHParams
 from sphere.layers import LayerStack
+from sphere.plan import measure_rates
 from sphere.run_config import Z_PRODUCTS
-from sphere.target_values import compute_target_values
+from sphere.target_values import TargetValues, compute_target_values
 
 # Requests in a batch and the type that the fast way multiplies in -> wanted ratio on the CPU.
 GOALS = {(20, "model"): 6.0, (50, "bfloat16"): 10.0}
@@ -44,7 +47,15 @@ def measure(
         return plain_target_values(model, tokenizer, [requests[i] for i in chosen], TEMPLATES, hparams).z
 
     def fast() -> Tensor:
-        found = compute_target_values(
+        # The first call, which only memory is measured of, is counted.
+        with nullcontext() if operations else FlopCounterMode(display=False) as counter:
+            found = optimised()
+        if counter is not None:
+            operations.append(counter.get_total_flops())
+        return found.z[chosen]
+
+    def optimised() -> TargetValues:
+        return compute_target_values(
             stack,
             tokenizer,
             requests,
@@ -54,8 +65,17 @@ def measure(
             products=Z_PRODUCTS[products],
             progress=False,
         )
-        return found.z[chosen]
 
+    def say(measured: Measured) -> str:
+        rate = operations[0] / measured.median
+        return (
+            f"plain: {few} of the requests, its memory is that of one; fast: "
+            f"{operations[0] / n / hparams.v_num_grad_steps / 1e9:.1f} GFLOP per request and step, "
+            f"{rate / 1e9:.0f} GFLOP/s, {100 * rate / most:.0f} % of the rate of square products"
+        )
+
+    operations: list[int] = []
+    most = measure_rates(str(stack.device), Z_PRODUCTS[products] or model.dtype)["model"]
     row = compare(
         "target values z, per request" + (f", products in {products}" if products != "model" else ""),
         f"{n} requests in {sum(map(len, TEMPLATES))} templates, {hparams.v_num_grad_steps} steps",
@@ -66,7 +86,7 @@ def measure(
         turns=args.turns,
         warm_fast=False,
         goal=GOALS.get((n, products)) if stack.device.type == "cpu" else None,
-        note=f"plain: {few} of the requests, its memory is that of one",
+        note=say,
     )
     return dataclasses.replace(
         row,
