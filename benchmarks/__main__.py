@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from benchmarks.common import Row, device_of, machine, read_rows, table
@@ -26,6 +27,7 @@ from sphere.cli import make_parser, run_cli
 from sphere.files import atomic_path
 
 FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results.md"
 NAMES = (
     "principal_directions",
     "alphaedit_solve",
@@ -33,13 +35,15 @@ NAMES = (
     "keys",
     "second_moments",
     "target_values",
+    "scoring",
 )
 INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks` (`make bench`). Each row is a fast path of `sphere` beside a plain implementation of
 the same mathematics in `benchmarks/plain/`, both in one process, taking turns, medians of the turns. "Largest
 difference" is relative, of the results; what exactly is compared, each script's docstring says. "Extra memory" is the
-peak above what was held before the call. "Goal" is the ratio that the project set itself, where it did.
+peak above what was held before the call. "Goal" is the ratio that the project set itself, where it did. A section "End
+to end" is written by `python -m benchmarks.end_to_end`, and says itself what its rows are.
 """
 
 
@@ -55,19 +59,22 @@ def run_one(name: str, args: argparse.Namespace, folder: Path) -> tuple[str, lis
     return "", read_rows(path)[1]
 
 
-def section(
-    args: argparse.Namespace, rows: Mapping[str, list[Row]], failures: Sequence[str], seconds: float
-) -> str:
-    """The Markdown of what has been measured on a device."""
-    facts = machine(device_of(args))
+def command_of(args: argparse.Namespace) -> str:
+    """The command that was run."""
     chosen = "" if args.only is None else f" --only {' '.join(args.only)}"
-    command = f"python -m benchmarks --device {args.device}{chosen}"
+    return f"python -m benchmarks --device {args.device}{chosen}"
+
+
+def section(
+    command: str, device: torch.device, rows: Sequence[Row], seconds: float, failures: Sequence[str] = ()
+) -> str:
+    """The Markdown of what a command has measured on a device."""
     lines = [
         f"`{command}`, {time.strftime('%Y-%m-%d')}, {seconds / 60:.1f} minutes.",
         "",
-        *(f"- {key}: {value}" for key, value in facts.items()),
+        *(f"- {key}: {value}" for key, value in machine(device).items()),
         "",
-        table([row for found in rows.values() for row in found]),
+        table(rows),
     ]
     if failures:
         lines += ["", "Not measured: " + "; ".join(failures) + "."]
@@ -84,6 +91,11 @@ def write_section(path: Path, title: str, body: str) -> None:
         temporary.write_text("\n".join([INTRODUCTION, *parts]), "utf-8")
 
 
+def kind_of(device: torch.device) -> str:
+    """What a section's title says of the device."""
+    return "GPU" if device.type == "cuda" else "CPU"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run, print and write; the exit code is 1 where a script failed or a goal was missed."""
     parser = make_parser(__doc__)
@@ -91,19 +103,21 @@ def main(argv: list[str] | None = None) -> int:
         "--device", default="cpu", help="cpu, cuda or cuda:<index>; cuda takes the real sizes"
     )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=None, help="some of the benchmarks")
-    parser.add_argument("--output", type=Path, default=FOLDER / "results.md")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    title = "GPU" if device_of(args).type == "cuda" else "CPU"
-    rows: dict[str, list[Row]] = {}
+    device = device_of(args)
+    rows: list[Row] = []
     failures: list[str] = []
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for name in tqdm(args.only or NAMES, desc="benchmarks"):
-            failure, rows[name] = run_one(name, args, Path(folder))
+            failure, found = run_one(name, args, Path(folder))
+            rows += found
             failures += [failure] if failure else []
-            write_section(args.output, title, section(args, rows, failures, time.perf_counter() - begin))
+            body = section(command_of(args), device, rows, time.perf_counter() - begin, failures)
+            write_section(args.output, kind_of(device), body)
     print(args.output.read_text("utf-8"))
-    missed = [row for found in rows.values() for row in found if row.goal and row.ratio < row.goal]
+    missed = [row for row in rows if row.goal and row.ratio < row.goal]
     return int(bool(failures or missed))
 
 

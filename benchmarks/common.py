@@ -40,7 +40,8 @@ class Row:
         sizes: e.g. "1024 x 4096, float32".
         plain_seconds: of the plain way, median over the turns.
         fast_seconds: of the fast way.
-        difference: largest relative difference of the two results (what it is relative to, `note` says).
+        difference: largest relative difference of the two results (what it is relative to, `note` says); None where
+            the row has no result of its own.
         plain_bytes: peak memory above what was held before; None where it cannot be measured.
         fast_bytes: the same of the fast way.
         goal: ratio that the project wants at these sizes, if it set one.
@@ -51,7 +52,7 @@ class Row:
     sizes: str
     plain_seconds: float
     fast_seconds: float
-    difference: float
+    difference: float | None
     plain_bytes: int | None = None
     fast_bytes: int | None = None
     goal: float | None = None
@@ -191,13 +192,14 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found.double().to(expected.device) - expected).norm() / expected.norm())
 
 
-def benchmark_parser(doc: str | None, turns: int = 3) -> argparse.ArgumentParser:
-    """--device, --turns and --json, to which a script adds its sizes."""
+def benchmark_parser(doc: str | None, turns: int | None = 3) -> argparse.ArgumentParser:
+    """--device, --turns (unless None) and --json, to which a script adds its sizes."""
     parser = make_parser(doc)
     parser.add_argument(
         "--device", default="cpu", help="cpu, cuda or cuda:<index>; cuda takes the real sizes"
     )
-    parser.add_argument("--turns", type=positive_int, default=turns, help="turns that each way takes")
+    if turns is not None:
+        parser.add_argument("--turns", type=positive_int, default=turns, help="turns that each way takes")
     parser.add_argument("--json", default=None, help="also write the rows to this file")
     return parser
 
@@ -253,7 +255,7 @@ def _cells(row: Row) -> list[str]:
         _seconds(row.fast_seconds),
         f"{row.ratio:.1f}",
         "" if row.goal is None else f"{row.goal:g}",
-        f"{row.difference:.1e}",
+        "" if row.difference is None else f"{row.difference:.1e}",
         memory,
         row.note,
     ]

@@ -22,9 +22,9 @@ QWEN = "Qwen2.5-7B"
 
 def benchmark_model(device: torch.device) -> tuple[Any, Any, HParams]:
     """A model, a tokenizer whose ids it takes, and the hyperparameters of AlphaEdit for it."""
-    model, tokenizer = load_model(DEFAULT_MODEL, device="cpu")
     if device.type != "cuda":
-        return model, tokenizer, hparams_of(DEFAULT_MODEL)
+        return default_model(device)
+    tokenizer = default_model(torch.device("cpu"))[1]
     config = Qwen2Config(  # https://huggingface.co/Qwen/Qwen2.5-7B/blob/main/config.json
         vocab_size=152064,
         hidden_size=3584,
@@ -40,6 +40,11 @@ def benchmark_model(device: torch.device) -> tuple[Any, Any, HParams]:
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.eval().requires_grad_(False), tokenizer, hparams_of(QWEN)
+
+
+def default_model(device: torch.device) -> tuple[Any, Any, HParams]:
+    """The embedded default model, its tokenizer, and the hyperparameters of AlphaEdit for it."""
+    return *load_model(DEFAULT_MODEL, device=str(device)), hparams_of(DEFAULT_MODEL)
 
 
 def hparams_of(label: str) -> HParams:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import GPT2_MODULES, LLAMA_MODULES, REQUESTS, tiny_gpt2, tiny_hparams, tiny_llama
+from tiny_run import records
 
-from benchmarks import alphaedit_solve, memit_solve, principal_directions
+from benchmarks import alphaedit_solve, end_to_end, memit_solve, principal_directions, stages
 from benchmarks.__main__ import write_section
 from benchmarks.common import (
     Row,
@@ -20,7 +24,10 @@ from benchmarks.common import (
     relative,
     table,
 )
-from sphere import SphereError
+from benchmarks.plain import solves as plain_solves
+from benchmarks.plain.editing import PlainEditor
+from sphere import Editor, SphereError
+from sphere.methods.alphaedit import AlphaEditHParams
 
 CPU = torch.device("cpu")
 
@@ -109,3 +116,88 @@ def test_scripts_run_at_small_sizes(script, flags, bound, tmp_path):
 def test_warm_start_study_runs(capsys):
     assert principal_directions.main(["--shape", "20", "30", "--warm_start"]) == 0
     assert "steps from the earlier ones" in capsys.readouterr().out
+
+
+# ---- end to end ----
+
+
+def with_a_null_space(modules: dict[str, str]) -> AlphaEditHParams:
+    return dataclasses.replace(tiny_hparams(modules), nullspace_threshold=0.5)
+
+
+@pytest.mark.parametrize(("model", "modules"), [(tiny_llama, LLAMA_MODULES), (tiny_gpt2, GPT2_MODULES)])
+def test_the_plain_loop_edits_as_the_editor_does(model, modules, tiny_tokenizer):
+    edited, hparams = model(), with_a_null_space(modules)
+    templates = (("{}",), ("Yes. {}", "So it is. {}"))
+    hook = {"beta_hse": 0.5, "alpha": 0.5}
+    editor = Editor(
+        edited, tiny_tokenizer, "AlphaEdit", hparams, given_templates=templates, progress=False, **hook
+    )
+    moments = {}
+    for layer in hparams.layers:
+        inputs = editor.weights.get(editor.workspace.stack.weight_name(layer)).shape[1]
+        keys = torch.randn(inputs, 2 * inputs, generator=torch.Generator().manual_seed(layer))
+        moments[layer] = keys @ keys.T / (2 * inputs)
+        editor.workspace.moments.set(layer, moments[layer])
+    projectors = {
+        layer: plain_solves.projector(m, hparams.nullspace_threshold) for layer, m in moments.items()
+    }
+    plain = PlainEditor(edited, tiny_tokenizer, hparams, templates, projectors, **hook)
+    original = editor.weights.snapshot()
+    found = []
+    for each in (editor, plain):
+        each.weights.restore(original)
+        for batch in (REQUESTS[:2], REQUESTS[2:]):
+            each.edit(batch)
+        found.append(each.weights.snapshot())
+    assert end_to_end.changes_differ(*found, original) < 1e-3
+
+
+def test_stages_add_up_and_a_generator_is_timed_step_by_step(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(stages, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Work:
+        def inner(self):
+            now[0] += 1
+            return "result"
+
+        def steps(self):
+            for _ in range(2):
+                now[0] += 10
+                self.inner()
+                yield
+
+    clock = stages.StageClock(CPU, kept=["inner"])
+    places = [stages.Place(Work, "inner", "inner"), stages.Place(Work, "steps", "steps")]
+    with stages.timed(places, clock), clock.stage("rest"):
+        for _ in Work().steps():
+            now[0] += 100  # while the generator waits
+    Work().inner()  # outside the block nothing is counted
+    assert clock.seconds == {"inner": 2, "steps": 20, "rest": 200}
+    assert clock.first == {"inner": "result"}
+
+
+def test_end_to_end_writes_a_section_that_stays(tiny_tokenizer, tmp_path, monkeypatch):
+    hparams = with_a_null_space(LLAMA_MODULES)
+    monkeypatch.setattr(end_to_end, "default_model", lambda device: (tiny_llama(), tiny_tokenizer, hparams))
+    (tmp_path / "starter.json").write_text(json.dumps(records(6)), "utf-8")
+    rows_path, results = tmp_path / "rows.json", tmp_path / "results.md"
+    flags = "--n 6 --num_edits 2 --steps 4 --plain_batches 2 --products model bfloat16".split()
+    places = {"data_dir": tmp_path, "stats_dir": tmp_path, "json": rows_path, "output": results}
+    end_to_end.main([*flags, *(f"--{name}={path}" for name, path in places.items())])
+    rows = {row.name: row for row in read_rows(rows_path)[1]}
+    assert len(rows) == 1 + 2 * (len(end_to_end.STAGES) + 1)
+    total = rows["total"]
+    assert total.goal == 10
+    assert total.difference < 1e-3
+    assert "6 edits of starter in batches of 2, plain the first 4, 4 steps" in total.sizes
+    assert "efficacy success" in total.note
+    for way in ("plain_seconds", "fast_seconds"):
+        parts = [getattr(rows[stage], way) for stage in end_to_end.STAGES]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(getattr(total, way))
+    write_section(results, "CPU", "the others\n")
+    text = results.read_text("utf-8")
+    assert text.index("## CPU\n\nthe others") < text.index("## End to end (CPU)\n\nAlphaEdit with SPHERE")
+    assert str(tmp_path) not in text
