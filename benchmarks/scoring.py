@@ -13,12 +13,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import Row, finish
 from sphere.cli import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
 from sphere.data import Record, load_records
 from sphere.errors import SphereError
 from sphere.models import load_model
 from sphere.packing import Scored, TokenScores
 from sphere.scoring import RecordScorer, count_prompts
+
+GOAL = 2.5
 
 
 class PlainScorer:
@@ -69,9 +72,10 @@ def differences(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> tupl
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print, and fail below 2.5 times the plain speed or with unequal results."""
+    """Measure, print, and fail below the goal or with unequal results."""
     parser = make_parser(__doc__)
     add_model_flags(parser)
+    parser.add_argument("--json", default=None, help="also write the rows to this file")
     add_data_flags(parser)
     parser.set_defaults(dataset_size_limit=64)
     parser.add_argument("--chunk", type=positive_int, default=32, help="records per turn")
@@ -92,16 +96,24 @@ def main(argv: list[str] | None = None) -> int:
             plain_cases += plain.score([record], progress=False)
         ours_seconds += middle - begin
         plain_seconds += time.perf_counter() - middle
-    prompts, ratio = count_prompts(our_cases), plain_seconds / ours_seconds
+    prompts = count_prompts(our_cases)
     largest, unequal = differences(our_cases, plain_cases)
-    print(f"{len(records)} records of {args.ds_name}, {prompts} prompts, {torch.get_num_threads()} threads")
-    print(f"batched              {ours_seconds:8.2f} s {prompts / ours_seconds:8.1f} prompts/s")
-    print(f"one record at a time {plain_seconds:8.2f} s {prompts / plain_seconds:8.1f} prompts/s")
-    print(f"speed ratio {ratio:.2f}; largest difference of an NLL {largest:.1e}; successes and accuracies")
-    print(f"that differ: {unequal}")
     if unequal or largest > 1e-4:
-        raise SphereError("The two ways disagree: the batched scores are wrong.")
-    return int(ratio < 2.5)
+        raise SphereError(
+            f"The two ways disagree: {unequal} successes and accuracies differ, NLLs by up to {largest:.1e}."
+        )
+    row = Row(
+        "scoring of edits",
+        f"{len(records)} records of {args.ds_name}, {prompts} prompts",
+        plain_seconds,
+        ours_seconds,
+        largest,
+        goal=GOAL,
+        note=f"{prompts / ours_seconds:.0f} prompts/s, plain {prompts / plain_seconds:.0f}; equal successes and "
+        "accuracies, the difference is the largest absolute one of an NLL",
+    )
+    args.device = str(next(model.parameters()).device)  # what "auto" has chosen
+    return finish([row], args)
 
 
 if __name__ == "__main__":
