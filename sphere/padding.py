@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 
@@ -65,21 +66,21 @@ def lines(lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
 
 
 def _fill(rows: Sequence[int], lengths: Sequence[int]) -> tuple[list[list[int]], int]:
-    """Lines of rows given in decreasing length, and their tokens with padding (first fit for each width tried)."""
-    longest = max(lengths[rows[0]], 1)
+    """Lines of rows given in decreasing length, and their tokens with padding.
+
+    Each row goes to the line that is emptiest so far, so that long and short rows mix and lines hold about as many.
+    """
+    longest, total = max(lengths[rows[0]], 1), sum(lengths[i] for i in rows)
     best: tuple[list[list[int]], int] | None = None
-    for width in range(longest, 2 * longest + 1):
-        found: list[list[int]] = []
-        room: list[int] = []
+    for count in sorted({max(total // width, 1) for width in range(longest, 2 * longest + 1)}):
+        found: list[list[int]] = [[] for _ in range(count)]
+        emptiest = [(0, line) for line in range(count)]  # a heap: tokens so far, line
         for index in rows:
-            place = next((n for n, left in enumerate(room) if left >= lengths[index]), len(room))
-            if place == len(room):
-                found.append([])
-                room.append(width)
-            found[place].append(index)
-            room[place] -= lengths[index]
-        tokens = len(found) * (width - min(room))
-        if best is None or tokens < best[1]:
-            best = found, tokens
+            tokens, line = emptiest[0]
+            found[line].append(index)
+            heapq.heapreplace(emptiest, (tokens + lengths[index], line))
+        padded = count * max(emptiest)[0]
+        if best is None or padded <= best[1]:
+            best = [line for line in found if line], padded
     assert best is not None
     return best
