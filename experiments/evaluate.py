@@ -134,10 +134,10 @@ def _add_scoring_and_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     machine.add_argument(
         "--z_products",
-        choices=["model", "bfloat16"],
+        metavar="TYPE",
         default="model",
-        help="type in which the layers above z multiply while z is sought; its state stays in float32. bfloat16 is "
-        "faster for a float32 model where the processor knows it (default: the model's)",
+        help="model or bfloat16, the type in which the layers above z multiply while z is sought; its state stays in "
+        "float32. bfloat16 is faster for a float32 model where the processor knows it (default: the model's)",
     )
 
 

@@ -8,24 +8,19 @@ of editing.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams
 from sphere.packing import PackedScorer, Scored
 from sphere.padding import PASS_OVERHEAD
 from sphere.prefix_cache import FrozenPrefixCache
-
-SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers' SDPA attention at each call
 
 
 class _Stop(Exception):
@@ -94,7 +89,7 @@ class Recording:
             rows: (n,) indices into the batch.
         """
         batch = self.hidden.shape[0]
-        seen: dict[int, Any] = {}  # layers share masks and caches: cut each once
+        seen: dict[int, Any] = {}  # layers share masks: cut each once
 
         def cut(value: Any) -> Any:
             if id(value) in seen:
@@ -103,8 +98,6 @@ class Recording:
             if isinstance(value, Tensor):
                 if value.ndim >= 2 and value.shape[0] == batch:
                     result = value[rows.to(value.device)]
-            elif isinstance(value, FrozenPrefixCache):
-                result = value.select(rows)
             elif isinstance(value, tuple | list):
                 result = type(value)(cut(v) for v in value)
             elif isinstance(value, dict):
@@ -354,56 +347,3 @@ def inference(model: nn.Module) -> Iterator[None]:
         model.train(training)
         for parameter in required:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def products_in(dtype: torch.dtype | None, layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block the linear maps of `layers` multiply in `dtype`; what enters and leaves them keeps its own.
-
-    Args:
-        dtype: None changes nothing.
-    """
-    with ExitStack() as restored:
-        for module in chain.from_iterable(layer.modules() for layer in layers):
-            if dtype is not None and isinstance(module, nn.Linear | Conv1D):
-                restored.enter_context(_multiplying_in(dtype, module))
-        yield
-
-
-@contextmanager
-def _multiplying_in(dtype: torch.dtype, module: Any) -> Iterator[None]:
-    own, forward = (
-        "forward" in vars(module),
-        module.forward,
-    )  # a device map gives modules a `forward` of their own
-
-    def lower(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, dtype=dtype):
-            return forward(x).to(x.dtype)
-
-    module.forward = lower
-    try:
-        yield
-    finally:
-        if own:
-            module.forward = forward
-        else:
-            del module.forward
-
-
-@contextmanager
-def shared_heads(device: torch.device) -> Iterator[None]:
-    """Within the block, attention on a CPU reads keys and values that heads share in place.
-
-    Under a mask, transformers copies them for every head first, since kernels of other devices ask for it; on a CPU
-    that costs more than the attention itself. Where transformers knows no such switch, nothing changes.
-    """
-    before = os.environ.get(SHARED_HEADS)
-    if device.type == "cpu":
-        os.environ[SHARED_HEADS] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(SHARED_HEADS, None)
-        if before is not None:
-            os.environ[SHARED_HEADS] = before

@@ -31,11 +31,3 @@ class FrozenPrefixCache(DynamicCache):
         """Per layer: keys and values, (batch x heads x positions x head_dim) each."""
         layers: list[Any] = self.layers
         return [(layer.keys, layer.values) for layer in layers]
-
-    def select(self, rows: Tensor) -> FrozenPrefixCache:
-        """The cache of some rows of the batch."""
-        chosen = FrozenPrefixCache()
-        for index, (keys, values) in enumerate(self.keys_and_values()):
-            at = rows.to(keys.device)
-            chosen.update(keys[at], values[at], index)
-        return chosen.freeze()

@@ -22,21 +22,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sphere.arithmetic import products_in, shared_heads
 from sphere.errors import SphereError
 from sphere.hparams import TargetHParams
-from sphere.layers import LayerStack, Recording, inference, products_in, shared_heads
+from sphere.layers import LayerStack, Recording, inference
 from sphere.memory import gradient_tokens
 from sphere.padding import lines, packs
 from sphere.prefixes import Places, PrefixStore, Segment
 from sphere.requests import EditRequest
 from sphere.templates import BARE, fill, padding_id
 from sphere.tokenization import encode, encode_pair, subject_token
+from sphere.watch import Watch
 
 log = logging.getLogger(__name__)
 
 LOSS_TOLERANCE = 5e-2
 ESSENCE = "{} is a"
-WATCHED_LATE = ("cuda",)
 REPACKED = 0.8  # share of the computed tokens that is open, at which what is done is left out
 
 
@@ -283,7 +284,7 @@ class _Loop:
         losses = self.h0.new_zeros(n)
         taken = torch.zeros(n, dtype=torch.long, device=self.h0.device)
         alive = torch.ones(n, dtype=torch.bool, device=self.h0.device)
-        watch = _Watch(self.h0.device)
+        watch = Watch(self.h0.device)
         bar = tqdm(range(steps), desc="target z", unit="step", leave=False, disable=not progress)
         for step in bar:
             last = step == steps - 1
@@ -382,37 +383,3 @@ class _Loop:
             f"The loss of target z at layer {self.z_layer} is not finite at step {step} for case(s) {cases}: the "
             "weights may be broken (see the batches before), or try a smaller v_lr or --dtype float32."
         )
-
-
-class _Watch:
-    """Tells the host which requests are open without making a GPU wait: there, it tells of the step before.
-
-    So a request that is done may be computed once more than it need be, which does not change its z.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.late = device.type in WATCHED_LATE
-        self._told: tuple[Tensor, torch.cuda.Event | None] | None = None
-
-    def read(self, alive: Tensor, losses: Tensor) -> tuple[list[bool], float] | None:
-        """Which requests are open and the mean loss of all; None where nothing is known yet."""
-        told = self._send(torch.cat([alive.to(losses), losses.mean()[None]]))  # n + 1
-        if self.late:
-            told, self._told = self._told, told
-        if told is None:
-            return None
-        values, event = told
-        if event is not None:
-            event.synchronize()
-        *flags, mean_loss = values.tolist()
-        return [flag > 0 for flag in flags], mean_loss
-
-    def _send(self, state: Tensor) -> tuple[Tensor, torch.cuda.Event | None] | None:
-        """Start the copy to the host, and mark in the GPU's queue where it is done."""
-        if not torch.cuda.is_available() or state.device.type != "cuda":
-            return state, None
-        host = torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
-        host.copy_(state, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(state.device))
-        return host, event

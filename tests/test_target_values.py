@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig
 
 from benchmarks.plain import target_values as plain
 from benchmarks.plain.target_values import plain_target_values
-from sphere import EditRequest, SphereError, target_values
+from sphere import EditRequest, SphereError, target_values, watch
 from sphere.hparams import TargetHParams
 from sphere.layers import LayerStack
 from sphere.padding import lines
@@ -112,7 +112,7 @@ def test_told_a_step_late(easy, tiny_tokenizer, monkeypatch):
     """As on a GPU: that requests are done is known one step later, and changes nothing."""
     model, hparams = easy
     at_once = fast(model, tiny_tokenizer, FACTS, hparams)
-    monkeypatch.setattr(target_values, "WATCHED_LATE", ("cpu",))
+    monkeypatch.setattr(watch, "WATCHED_LATE", ("cpu",))
     assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), at_once, 1e-4)
 
 
