@@ -28,29 +28,33 @@ from sphere.files import atomic_path
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.md"
-NAMES = (
-    "principal_directions",
-    "alphaedit_solve",
-    "memit_solve",
-    "keys",
-    "second_moments",
-    "target_values",
-    "scoring",
-)
+# Scripts, and the flags with which they take minutes.
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    "principal_directions": (),
+    "alphaedit_solve": (),
+    "memit_solve": (),
+    "keys": (),
+    "second_moments": (),
+    "target_values": (),
+    "scoring": (),
+    "end_to_end": ("--n", "10", "--num_edits", "10"),
+}
 INTRODUCTION = """# Benchmarks
 
 Written by `python -m benchmarks` (`make bench`). Each row is a fast path of `sphere` beside a plain implementation of
 the same mathematics in `benchmarks/plain/`, both in one process, taking turns, medians of the turns. "Largest
 difference" is relative, of the results; what exactly is compared, each script's docstring says. "Extra memory" is the
-peak above what was held before the call. "Goal" is the ratio that the project set itself, where it did. A section "End
-to end" is written by `python -m benchmarks.end_to_end`, and says itself what its rows are.
+peak above what was held before the call. "Goal" is the ratio that the project set itself, where it did. The rows "end
+to end" are of ten edits; a section of that name, of more edits, is written by `python -m benchmarks.end_to_end --output
+benchmarks/results.md`.
 """
 
 
 def run_one(name: str, args: argparse.Namespace, folder: Path) -> tuple[str, list[Row]]:
     """One script in a process of its own: what went wrong, if anything, and its rows."""
     path = folder / f"{name}.json"
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--device", args.device, "--json", str(path)]
+    flags = (*SCRIPTS[name], "--device", args.device, "--json", str(path))
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags]
     begin = time.perf_counter()
     code = subprocess.run(command, cwd=FOLDER.parent, check=False).returncode
     if not path.exists():
@@ -102,7 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", default="cpu", help="cpu, cuda or cuda:<index>; cuda takes the real sizes"
     )
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=None, help="some of the benchmarks")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(SCRIPTS), default=None, help="some of the benchmarks"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     device = device_of(args)
@@ -110,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     failures: list[str] = []
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for name in tqdm(args.only or NAMES, desc="benchmarks"):
+        for name in tqdm(args.only or SCRIPTS, desc="benchmarks"):
             failure, found = run_one(name, args, Path(folder))
             rows += found
             failures += [failure] if failure else []

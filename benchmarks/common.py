@@ -245,9 +245,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    memory = "not measured"
-    if row.plain_bytes is not None and row.fast_bytes is not None:
-        memory = f"{row.plain_bytes / MIB:.0f} -> {row.fast_bytes / MIB:.0f} MiB"
+    peaks = (row.plain_bytes, row.fast_bytes)
+    shown = ("?" if peak is None else f"{peak / MIB:.0f}" for peak in peaks)
+    memory = "not measured" if peaks == (None, None) else f"{' -> '.join(shown)} MiB"
     return [
         row.name,
         row.sizes,

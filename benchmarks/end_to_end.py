@@ -1,7 +1,7 @@
 """The default model edited end to end by AlphaEdit with SPHERE: `sphere.Editor` beside the plain loop, stage by stage.
 
-    python -m benchmarks.end_to_end                                     # half an hour, nearly all of it the plain way
-    python -m benchmarks.end_to_end --products model bfloat16 --plain_batches 1
+    python -m benchmarks.end_to_end --products model bfloat16           # 50 minutes, nearly all of it the plain way
+    python -m benchmarks.end_to_end --plain_batches 1
     python -m benchmarks.end_to_end --ds_name mcf --data_dir <folder>
     python -m benchmarks.end_to_end --n 4 --num_edits 2 --steps 2       # a minute, to see it run
     python -m benchmarks.end_to_end --device cuda                       # the same model on a GPU
@@ -23,7 +23,7 @@ The difference of z is the largest of the first batch's, relative to its norm; o
 layer's P; of the total, the largest over the edited weights of ||W_fast - W_plain|| / ||W_plain - W_0|| after the
 batches of the plain stack. After those, both models are scored on the facts edited so far.
 
-Unlike the other benchmarks this one writes its rows into a section of their own of benchmarks/results.md.
+`--output benchmarks/results.md` puts the rows into a section of their own there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import benchmarks.plain.editing as plain_editing
-from benchmarks.__main__ import RESULTS, kind_of, section, write_section
+from benchmarks.__main__ import kind_of, section, write_section
 from benchmarks.common import Row, benchmark_parser, device_of, finish, relative, time_of
 from benchmarks.models import METHOD, default_model
 from benchmarks.plain import projection as plain_projection
@@ -291,7 +291,7 @@ def measure(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Namespa
         difference = changes_differ(result.state, expected.state, original)
         note = compare_success(result.success, expected.success)
         rows.append(Row(TOTAL + label, sizes, plain.total, fast.total, difference, goal=GOAL, note=note))
-    return rows
+    return [dataclasses.replace(row, name=f"end to end: {row.name}") for row in rows]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -325,7 +325,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--stats_dir", default="data/stats", help="where second moments are kept")
     parser.add_argument(
-        "--output", type=Path, default=RESULTS, help="the file in which the section is replaced"
+        "--output", type=Path, default=None, help="also write the rows into a section of this file"
     )
     return parser
 
@@ -353,8 +353,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps:
         hparams = dataclasses.replace(hparams, v_num_grad_steps=args.steps)
     rows = measure(model, tokenizer, hparams, args)
-    body = section(command_of(args), device, rows, time.perf_counter() - begin)
-    write_section(args.output, f"End to end ({kind_of(device)})", f"{EXPLANATION}\n\n{body}")
+    if args.output:
+        body = section(command_of(args), device, rows, time.perf_counter() - begin)
+        write_section(args.output, f"End to end ({kind_of(device)})", f"{EXPLANATION}\n\n{body}")
     return finish(rows, args)
 
 

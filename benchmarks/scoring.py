@@ -2,8 +2,8 @@
 
     python -m benchmarks.scoring --ds_name mcf --data_dir <folder> --dataset_size_limit 64
 
-The plain way runs all sequences of a record (each prompt with each target) in one padded forward pass and
-computes all logits. Both ways take turns over chunks of the records, so that a busy machine slows both alike.
+The plain way is `benchmarks/plain/scoring.py`. Both take turns over chunks of the records, so that a busy machine
+slows both alike.
 """
 
 from __future__ import annotations
@@ -11,50 +11,15 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
-
 from benchmarks.common import Row, finish
+from benchmarks.plain.scoring import plain_scorer
 from sphere.cli import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
 from sphere.data import Record, load_records
 from sphere.errors import SphereError
 from sphere.models import load_model
-from sphere.packing import Scored, TokenScores
 from sphere.scoring import RecordScorer, count_prompts
 
 GOAL = 2.5
-
-
-class PlainScorer:
-    """One forward pass per record, right-padded, full logits."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    @torch.no_grad()
-    def score(self, sequences: list[Scored], progress: Any = None) -> dict[Scored, TokenScores]:
-        """Score the sequences of one record."""
-        length = max(len(scored.ids) for scored in sequences)
-        device = self.model.get_input_embeddings().weight.device
-        ids = torch.zeros(len(sequences), length, dtype=torch.long, device=device)  # (B, L)
-        mask = torch.zeros_like(ids)
-        for b, scored in enumerate(sequences):
-            ids[b, : len(scored.ids)] = torch.tensor(scored.ids)
-            mask[b, : len(scored.ids)] = 1
-        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (B, L, V)
-        results = {}
-        for b, scored in enumerate(sequences):
-            at = logits[b, scored.start - 1 : len(scored.ids) - 1].float()  # (T, V)
-            tokens = torch.tensor(scored.ids[scored.start :], device=device)
-            nll = -at.log_softmax(-1)[torch.arange(len(tokens)), tokens]
-            results[scored] = TokenScores(nll.double().cpu().numpy(), at.argmax(-1).cpu().numpy())
-        return results
-
-
-def plain_scorer(model: Any, tokenizer: Any) -> RecordScorer:
-    """The project's metrics on top of `PlainScorer`; give it one record at a time."""
-    scorer = RecordScorer(model, tokenizer)
-    scorer.scorer = PlainScorer(model)  # type: ignore[assignment]
-    return scorer
 
 
 def differences(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> tuple[float, int]:

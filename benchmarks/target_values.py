@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,8 +32,11 @@ from sphere.plan import measure_rates
 from sphere.run_config import Z_PRODUCTS
 from sphere.target_values import TargetValues, compute_target_values
 
-# Requests in a batch and the type that the fast way multiplies in -> wanted ratio on the CPU.
-GOALS = {(20, "model"): 6.0, (50, "bfloat16"): 10.0}
+# (requests in a batch, type that the fast way multiplies in) -> wanted ratio, where there is one.
+RUNS = {
+    "cpu": {(20, "model"): 6.0, (50, "model"): None, (50, "bfloat16"): 10.0, (100, "bfloat16"): None},
+    "cuda": {(100, "model"): None},
+}
 
 
 def measure(
@@ -84,8 +89,9 @@ def measure(
         difference=lambda a, b: max(relative(x, y) for x, y in zip(a, b, strict=True)),
         device=stack.device,
         turns=args.turns,
+        warm_plain=n <= 20,  # its memory does not depend on n
         warm_fast=False,
-        goal=GOALS.get((n, products)) if stack.device.type == "cpu" else None,
+        goal=RUNS[stack.device.type].get((n, products)),
         note=say,
     )
     return dataclasses.replace(
@@ -94,6 +100,16 @@ def measure(
         fast_seconds=row.fast_seconds / n,
         fast_bytes=None if row.fast_bytes is None else row.fast_bytes // n,
     )
+
+
+def runs_of(args: argparse.Namespace, device: torch.device) -> list[tuple[int, str]]:
+    """Requests in a batch and type of products of each row: those asked for, all of `RUNS` where none are."""
+    defaults = list(RUNS[device.type])
+    if args.n is None and args.products is None:
+        return defaults
+    counts = args.n or dict.fromkeys(n for n, _ in defaults)
+    kinds = args.products or dict.fromkeys(products for _, products in defaults)
+    return list(product(counts, kinds))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,15 +130,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     device = device_of(args)
-    args.products = args.products or list(Z_PRODUCTS)[: 1 if device.type == "cuda" else None]
     model, tokenizer, hparams = benchmark_model(device)
     if args.steps:
         hparams = dataclasses.replace(hparams, v_num_grad_steps=args.steps)
-    counts = args.n or ([100] if device.type == "cuda" else [20, 50])
-    runs = [(n, products) for n in counts for products in args.products]
-    if args.n is None:
-        runs = [run for run in runs if run != (20, "bfloat16")]
-    rows = [measure(model, tokenizer, hparams, n, products, args) for n, products in runs]
+    rows = [measure(model, tokenizer, hparams, n, products, args) for n, products in runs_of(args, device)]
     return finish(rows, args)
 
 

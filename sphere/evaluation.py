@@ -105,16 +105,7 @@ def evaluate_run(
     )
     run = _Scoring(model, tokenizer, edited, folder, batch_tokens, generator, progress, processes)
     with processes.together(), weights.temporarily():
-        unedited = run.cases(weights, 0, None)
-        compare_predictions(unedited, unedited)
-        rows = [_row("unedited", None, 0, unedited, unedited, seed)]
-        for checkpoint in checkpoints:
-            _load(weights, checkpoint)
-            cases = run.cases(weights, checkpoint.n_edits, checkpoint)
-            compare_predictions(cases, unedited)
-            rows.append(
-                _row(f"edit_{checkpoint.n_edits}", checkpoint, checkpoint.n_edits, cases, unedited, seed)
-            )
+        rows = _rows(run, weights, checkpoints, seed)
     summary = {
         "folder": str(folder),
         "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
@@ -198,6 +189,22 @@ def _load(weights: EditedWeights, checkpoint: Checkpoint) -> None:
         weights.restore(saved)
     except SphereError as error:
         raise SphereError(f"Checkpoint {checkpoint.path}: {error}") from error
+
+
+def _rows(
+    run: _Scoring, weights: EditedWeights, checkpoints: Sequence[Checkpoint], seed: int
+) -> list[dict[str, Any]]:
+    """The summary's rows: the unedited model, then each checkpoint; the model is left with the last one's weights."""
+    unedited = run.cases(weights, 0, None)
+    compare_predictions(unedited, unedited)
+    rows = [_row("unedited", None, 0, unedited, unedited, seed)]
+    for checkpoint in checkpoints:
+        _load(weights, checkpoint)
+        n_edits = checkpoint.n_edits
+        cases = run.cases(weights, n_edits, checkpoint)
+        compare_predictions(cases, unedited)
+        rows.append(_row(f"edit_{n_edits}", checkpoint, n_edits, cases, unedited, seed))
+    return rows
 
 
 def _row(

@@ -43,7 +43,7 @@ JOB_NAME = "job.json"
 LOCK_NAME = ".lock"
 TABLE_NAME = "sweep"
 # What a run's folder does not say by itself goes into the folder above it.
-UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype")
+UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype", "z_products")
 # What may change without a finished job being run again.
 OF_THE_MACHINE = (
     "device",

@@ -186,7 +186,7 @@ def test_end_to_end_writes_a_section_that_stays(tiny_tokenizer, tmp_path, monkey
     flags = "--n 6 --num_edits 2 --steps 4 --plain_batches 2 --products model bfloat16".split()
     places = {"data_dir": tmp_path, "stats_dir": tmp_path, "json": rows_path, "output": results}
     end_to_end.main([*flags, *(f"--{name}={path}" for name, path in places.items())])
-    rows = {row.name: row for row in read_rows(rows_path)[1]}
+    rows = {row.name.removeprefix("end to end: "): row for row in read_rows(rows_path)[1]}
     assert len(rows) == 1 + 2 * (len(end_to_end.STAGES) + 1)
     total = rows["total"]
     assert total.goal == 10
