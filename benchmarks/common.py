@@ -96,8 +96,8 @@ def compare(
 
     Args:
         plain: the plain way; called `turns` times, before that once for its memory unless `warm_plain` is false.
-        fast: the fast way; called `turns` + 2 times, once less where `warm_fast` is false. Both must do the same work
-            whenever they are called.
+        fast: the fast way; called `turns` times, before that twice, once for its memory, unless `warm_fast` is false.
+            Both must do the same work whenever they are called.
         difference: (fast result, plain result) -> largest relative difference.
         before: puts things back before each call, unmeasured; for a fast way that moves on.
         note: text, or a function of the fast way's measurements.
@@ -107,9 +107,11 @@ def compare(
     if warm_fast:
         before()
         fast()
-    peaks: list[int | None] = [peak_of(plain, device) if warm_plain else None]
-    before()
-    peaks.append(peak_of(fast, device))
+    peaks: list[int | None] = []
+    for way, warm in zip(ways, (warm_plain, warm_fast), strict=True):
+        if warm:
+            before()
+        peaks.append(peak_of(way, device) if warm else None)
     seconds: tuple[list[float], list[float]] = ([], [])
     results: list[Any] = [None, None]
     for _ in range(turns):

@@ -11,11 +11,12 @@ where S says which directions are cheap to change and c how much any change cost
 
 An edit makes the directions of its keys dearer for those after it. With T = (S^-1 + C / c)^-1, by Woodbury's identity,
 
-    T = S at first,    Y = T K,    G = K^T Y + c I,    X = Y G^-1,    T <- T - Y G^-1 Y^T
+    T = S at first,    Y = T K,    F F^T = K^T Y + c I,    Z = Y F^-T,    X = Z F^-1,    T <- T - Z Z^T
 
-(recursive least squares: X is the gain, T the covariance). As long as there are fewer keys than `in`, T is kept as
-S - Z Z^T with a column of Z (in x N) per key; beyond that as a matrix, which is then the smaller of the two and costs
-the same however many keys follow. In float64; a batch costs O(in (N + thickness of S) n), and never an LU.
+(recursive least squares: X is the gain, T the covariance; F is a Cholesky factor). As long as there are fewer keys than
+`in`, T is kept as S less Z Z^T of the batches, with a column (in x N in all) per key; beyond that as a matrix, which is
+then the smaller of the two and costs the same however many keys follow. In float64; a batch costs
+O(in (N + thickness of S) n), and never an LU.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ class SequentialSolve:
         self._t: Tensor | None = None  # T (in x in) after that
         # The guard's: random directions W (in x PROBES), S W and C S W.
         self._probes: tuple[Tensor, Tensor, Tensor] | None = None
-        # Of the last solve: K, Y and G's Cholesky factor.
-        self._solved: tuple[Tensor, Tensor, Tensor] | None = None
+        # Of the last solve: K and Z.
+        self._solved: tuple[Tensor, Tensor] | None = None
 
     @property
     def n_keys(self) -> int:
@@ -66,9 +67,9 @@ class SequentialSolve:
             SphereError: keys that are not finite, or a system that is not positive definite.
         """
         keys = keys.double().contiguous()
-        y, factor = self._gain(keys)
-        self._solved = keys, y, factor
-        x = torch.cholesky_solve(y.T, factor).T
+        z, factor = self._whiten(keys)
+        self._solved = keys, z
+        x = torch.linalg.solve_triangular(factor, z, upper=False, left=False)
         if (error := self._error(keys, x)) > RESIDUAL_TOLERANCE:
             raise SphereError(
                 f"The solve of {self.what} is off by {error:.1e}: its keys are badly scaled; raise L2 or "
@@ -81,10 +82,9 @@ class SequentialSolve:
         kept = keys.float().contiguous()
         solved, self._solved = self._solved, None
         if solved is not None and torch.equal(solved[0], kept.double()):
-            _, y, factor = solved
+            z = solved[1]
         else:
-            y, factor = self._gain(kept.double())
-        z = torch.linalg.solve_triangular(factor, y.T, upper=False).T  # Z Z^T = Y G^-1 Y^T
+            z, _ = self._whiten(kept.double())
         self.blocks.append(kept.cpu())
         self._see(kept.double())
         if self._t is not None:
@@ -124,8 +124,8 @@ class SequentialSolve:
         for block in blocks:
             self.append(block.to(device))
 
-    def _gain(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Y = T K (in x n), and the Cholesky factor of G = K^T Y + c I (n x n)."""
+    def _whiten(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Z = T K F^-T (in x n), and F (n x n), the lower Cholesky factor of K^T T K + c I."""
         if not torch.isfinite(keys).all():
             raise SphereError(f"The keys of {self.what} are not finite: the weights below it may be broken.")
         if self._t is not None:
@@ -142,7 +142,7 @@ class SequentialSolve:
             raise SphereError(
                 f"The system of {self.what} is not positive definite: raise L2 or mom2_update_weight."
             )
-        return y, factor
+        return torch.linalg.solve_triangular(factor.T, y, upper=True, left=False), factor
 
     def _as_matrix(self, like: Tensor) -> Tensor:
         """T = S - Z Z^T (in x in)."""
@@ -196,11 +196,13 @@ def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Callable[
     Raises:
         SphereError: a second moment that is singular beyond rounding.
     """
-    moment = second_moment.to(torch.float64, copy=True)
-    factor, info = torch.linalg.cholesky_ex(moment)  # its lower triangle is what is read
+    factor = second_moment.to(torch.float64, copy=True).T  # symmetric, and as LAPACK wants it
+    info = torch.empty((), dtype=torch.int32, device=factor.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))  # in place: no second matrix of this size
     if int(info):  # rounding of a float32 second moment can push its smallest eigenvalues below zero
-        moment.diagonal().add_(torch.finfo(torch.float32).eps * moment.diagonal().max())
-        factor, info = torch.linalg.cholesky_ex(moment)
+        factor.copy_(second_moment)
+        factor.diagonal().add_(torch.finfo(torch.float32).eps * factor.diagonal().max())
+        torch.linalg.cholesky_ex(factor, out=(factor, info))
     if int(info) or not weight > 0:
         raise SphereError(
             f"The second moment of {what}, times mom2_update_weight {weight:g}, is not positive definite: use a larger "
