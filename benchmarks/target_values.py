@@ -76,13 +76,14 @@ def measure(
         operations.append(counter.get_total_flops())
 
     def say(measured: Measured) -> str:
-        words = f"plain: {few} of the requests, its memory is that of one"
+        words = f"plain: {few} of the requests"
         if not operations:
             return words
         most = max(measure_rates(str(stack.device), kind)["model"] for _ in range(3))
         rate = operations[0] / measured.median
+        each = operations[0] / n / hparams.v_num_grad_steps
         return (
-            f"{words}; fast: {operations[0] / n / hparams.v_num_grad_steps / 1e9:.1f} GFLOP per request and step, "
+            f"{words}, its memory is that of one; fast: {each / 1e9:.1f} GFLOP per request and step, "
             f"{rate / 1e9:.0f} GFLOP/s, {100 * rate / most:.0f} % of the rate of square products"
         )
 

@@ -156,8 +156,7 @@ def second_moments(sizes: Sizes) -> list[Item]:
 
 
 def moment_factors(sizes: Sizes) -> list[Item]:
-    """Second moments as the triangles that systems are solved with."""
-    square = FLOAT64 * sizes.widest**2
+    """Second moments as the triangles that systems are solved with, each made in its own place."""
     return [
         Item(
             "Cholesky factors of the second moments",
@@ -166,8 +165,7 @@ def moment_factors(sizes: Sizes) -> list[Item]:
             sizes.spared,
             "preparation",
             "writing",
-        ),
-        Item("one of them in the making", "8 in^2", square, sizes.spared, "preparation", "preparation"),
+        )
     ]
 
 
