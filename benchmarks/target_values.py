@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -28,93 +30,110 @@ from sphere.data import load_records
 from sphere.hparams import TargetHParams
 from sphere.layers import LayerStack
 from sphere.plan import measure_rates
+from sphere.requests import EditRequest
 from sphere.run_config import Z_PRODUCTS
 from sphere.target_values import compute_target_values
 
-# (requests in a batch, type that the fast way multiplies in) -> wanted ratio, where there is one.
-RUNS = {
-    "cpu": {(50, "model"): None, (50, "bfloat16"): 10.0, (100, "bfloat16"): None},
-    "cuda": {(100, "model"): None},
-}
+# Rows by default: (requests in a batch, type that the fast way multiplies in); on a GPU, and elsewhere.
+ON_GPU = [(100, "model")]
+ELSEWHERE = [(50, "model"), (50, "bfloat16"), (100, "bfloat16")]
+GOALS = {(20, "model"): 6.0, (50, "bfloat16"): 10.0}  # wanted ratios, on a CPU
 
 
-def measure(
-    model: Any,
-    tokenizer: Any,
-    hparams: TargetHParams,
-    n: int,
-    products: str,
-    args: argparse.Namespace,
-    counted: bool,
-) -> Row:
-    """One row, per request; `counted`: run both ways once more, for the operations and the memory they take."""
-    stack = LayerStack(model, hparams)
-    requests = [record.request for record in load_records("starter", "data", n)]
-    few = min(args.few, n)
-    chosen = list(range(0, n, n // few))[:few]
+@dataclass(frozen=True)
+class Batch:
+    """A batch of requests, and the plain and the fast way to find their z.
 
-    def by_plain(count: int = few) -> Tensor:
-        some = [requests[i] for i in chosen[:count]]
-        return plain_target_values(model, tokenizer, some, TEMPLATES, hparams).z
+    Attributes:
+        chosen: indices of the requests that the plain way takes.
+        products: type that the fast way multiplies in; None: the model's own.
+        batch_tokens: of a pass of the fast way.
+    """
 
-    def fast() -> Tensor:
+    stack: LayerStack
+    tokenizer: Any
+    hparams: TargetHParams
+    requests: Sequence[EditRequest]
+    chosen: Sequence[int]
+    products: torch.dtype | None
+    batch_tokens: int
+
+    def plain(self, chosen: Sequence[int]) -> Tensor:
+        """z of some requests, (n x d)."""
+        some = [self.requests[i] for i in chosen]
+        return plain_target_values(self.stack.model, self.tokenizer, some, TEMPLATES, self.hparams).z
+
+    def fast(self) -> Tensor:
+        """z of all requests, of which those of the plain way are returned."""
         found = compute_target_values(
-            stack,
-            tokenizer,
-            requests,
+            self.stack,
+            self.tokenizer,
+            self.requests,
             TEMPLATES,
-            hparams,
-            batch_tokens=args.batch_tokens,
-            products=Z_PRODUCTS[products],
+            self.hparams,
+            batch_tokens=self.batch_tokens,
+            products=self.products,
             progress=False,
         )
-        return found.z[chosen]
+        return found.z[self.chosen]
 
-    def counting() -> None:
+    def operations(self) -> int:
+        """Floating-point operations of the fast way, run once."""
         with FlopCounterMode(display=False) as counter:
-            fast()
-        operations.append(counter.get_total_flops())
+            self.fast()
+        return counter.get_total_flops()
+
+
+def measure(batch: Batch, label: str, turns: int, goal: float | None, counted: bool) -> Row:
+    """One row, per request.
+
+    Args:
+        label: of the type of products.
+        counted: run both ways once more, for the operations and the memory that they take.
+    """
+    device = batch.stack.device
+    n, few, steps = len(batch.requests), len(batch.chosen), batch.hparams.v_num_grad_steps
+    operations: list[int] = []
+    plain_bytes = peak_of(lambda: batch.plain(batch.chosen[:1]), device) if counted else None
+    fast_bytes = peak_of(lambda: operations.append(batch.operations()), device) if counted else None
 
     def say(measured: Measured) -> str:
         words = f"plain: {few} of the requests"
         if not operations:
             return words
-        most = max(measure_rates(str(stack.device), kind)["model"] for _ in range(3))
+        dtype = batch.products or batch.stack.model.dtype
+        most = max(measure_rates(str(device), dtype)["model"] for _ in range(3))
         rate = operations[0] / measured.median
-        each = operations[0] / n / hparams.v_num_grad_steps
         return (
-            f"{words}, its memory is that of one; fast: {each / 1e9:.1f} GFLOP per request and step, "
-            f"{rate / 1e9:.0f} GFLOP/s, {100 * rate / most:.0f} % of the rate of square products"
+            f"{words}, its memory is that of one; fast: {operations[0] / n / steps / 1e9:.1f} GFLOP per request and "
+            f"step, {rate / 1e9:.0f} GFLOP/s, {100 * rate / most:.0f} % of the rate of square products"
         )
 
-    kind = Z_PRODUCTS[products] or model.dtype
-    operations: list[int] = []
-    peaks = [peak_of(way, stack.device) for way in (lambda: by_plain(1), counting)] if counted else [None] * 2
     row = compare(
-        "target values z, per request" + (f", products in {products}" if products != "model" else ""),
-        f"{n} requests in {sum(map(len, TEMPLATES))} templates, {hparams.v_num_grad_steps} steps",
-        by_plain,
-        fast,
+        "target values z, per request" + label,
+        f"{n} requests in {sum(map(len, TEMPLATES))} templates, {steps} steps",
+        lambda: batch.plain(batch.chosen),
+        batch.fast,
         difference=lambda a, b: max(relative(x, y) for x, y in zip(a, b, strict=True)),
-        device=stack.device,
-        turns=args.turns,
+        device=device,
+        turns=turns,
         warm_plain=False,
         warm_fast=False,
-        goal=RUNS[stack.device.type].get((n, products)),
+        goal=goal,
         note=say,
     )
     return dataclasses.replace(
         row,
         plain_seconds=row.plain_seconds / few,
         fast_seconds=row.fast_seconds / n,
-        plain_bytes=peaks[0],
-        fast_bytes=None if peaks[1] is None else peaks[1] // n,
+        plain_bytes=plain_bytes,
+        fast_bytes=None if fast_bytes is None else fast_bytes // n,
     )
 
 
 def runs_of(args: argparse.Namespace, device: torch.device) -> list[tuple[int, str]]:
-    """Requests in a batch and type of products of each row: those asked for, all of `RUNS` where none are."""
-    defaults = list(RUNS[device.type])
+    """Requests and type of products of each row: those asked for, the device's own where none are."""
+    defaults = ON_GPU if device.type == "cuda" else ELSEWHERE
     if args.n is None and args.products is None:
         return defaults
     counts = args.n or dict.fromkeys(n for n, _ in defaults)
@@ -143,11 +162,16 @@ def main(argv: list[str] | None = None) -> int:
     model, tokenizer, hparams = benchmark_model(device)
     if args.steps:
         hparams = dataclasses.replace(hparams, v_num_grad_steps=args.steps)
-    runs = runs_of(args, device)
-    largest = max(n for n, _ in runs)
-    rows = [
-        measure(model, tokenizer, hparams, n, products, args, counted=n == largest) for n, products in runs
-    ]
+    stack, runs, rows = LayerStack(model, hparams), runs_of(args, device), []
+    for n, products in runs:
+        requests = [record.request for record in load_records("starter", "data", n)]
+        few = min(args.few, n)
+        chosen = list(range(0, n, n // few))[:few]
+        kind = Z_PRODUCTS[products]
+        batch = Batch(stack, tokenizer, hparams, requests, chosen, kind, args.batch_tokens)
+        label = f", products in {products}" if products != "model" else ""
+        goal = GOALS.get((n, products)) if device.type == "cpu" else None
+        rows.append(measure(batch, label, args.turns, goal, counted=n == max(n for n, _ in runs)))
     return finish(rows, args)
 
 

@@ -31,10 +31,8 @@ def products_in(dtype: torch.dtype | None, layers: Iterable[nn.Module]) -> Itera
 
 @contextmanager
 def _multiplying_in(dtype: torch.dtype, module: Any) -> Iterator[None]:
-    own, forward = (
-        "forward" in vars(module),
-        module.forward,
-    )  # a device map gives modules a `forward` of their own
+    own = "forward" in vars(module)  # as a device map gives it to modules
+    forward = module.forward
 
     def lower(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=dtype):

@@ -157,16 +157,19 @@ def second_moments(sizes: Sizes) -> list[Item]:
 
 def moment_factors(sizes: Sizes) -> list[Item]:
     """Second moments as the triangles that systems are solved with, each made in its own place."""
-    return [
-        Item(
-            "Cholesky factors of the second moments",
-            "sum of 8 in^2",
-            FLOAT64 * sizes.squares,
-            sizes.spared,
-            "preparation",
-            "writing",
-        )
-    ]
+    factors = Item(
+        "Cholesky factors of the second moments",
+        "sum of 8 in^2",
+        FLOAT64 * sizes.squares,
+        sizes.spared,
+        "preparation",
+        "writing",
+    )
+    if sizes.on_cpu or sizes.conserve_memory:
+        return [factors]
+    size = sizes.moment_bytes * sizes.widest**2
+    sent = Item("a moment on its way", "in^2 x mom2_dtype", size, DEVICE, "preparation", "preparation")
+    return [factors, sent]
 
 
 def key_cache(sizes: Sizes) -> list[Item]:
