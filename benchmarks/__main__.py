@@ -23,7 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.common import Row, device_of, machine, read_rows, table
-from sphere.cli import make_parser, run_cli
+from sphere.commands.common import make_parser, run_cli
 from sphere.files import atomic_path
 
 FOLDER = Path(__file__).parent

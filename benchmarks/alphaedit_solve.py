@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks.common import MIB, Measured, Row, benchmark_parser, compare, device_of, finish, relative
 from benchmarks.plain import solves as plain
-from sphere.cli import positive_int, run_cli
-from sphere.null_space import Projector
-from sphere.solvers import SequentialSolve
+from sphere.commands.common import positive_int, run_cli
+from sphere.methods.null_space import Projector
+from sphere.methods.sequential_solve import SequentialSolve
 
 RIDGE = 10.0  # L2
 REMOVED = 0.35  # share of the directions that P removes

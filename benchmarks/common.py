@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from sphere.cli import make_parser, positive_int
+from sphere.commands.common import make_parser, positive_int
 from sphere.errors import SphereError
 from sphere.files import write_json
 

@@ -47,19 +47,19 @@ from benchmarks.models import METHOD, default_model
 from benchmarks.plain import projection as plain_projection
 from benchmarks.plain import solves as plain_solves
 from benchmarks.stages import Place, StageClock, timed
-from sphere.cli import add_data_flags, positive_int, run_cli
-from sphere.data import Record, load_records
+from sphere.commands.common import add_data_flags, positive_int, run_cli
+from sphere.data.records import Record, load_records
 from sphere.editor import Editor
+from sphere.evaluation.scoring import RecordScorer
+from sphere.evaluation.summary import SCORES, summarise
 from sphere.hparams import HParams
-from sphere.keys import KeyWalk
 from sphere.methods import Workspace
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.models import DEFAULT_MODEL
 from sphere.rules import Sphere
-from sphere.run_config import Z_PRODUCTS
-from sphere.scoring import RecordScorer
-from sphere.summary import SCORES, summarise
-from sphere.templates import generate_templates
+from sphere.runs.config import Z_MATMUL_DTYPES
+from sphere.values.compute_ks import ActivationsPass
+from sphere.values.context_templates import generate_context_templates
 from sphere.weights import EditedWeights
 
 BETA_HSE, ALPHA, SEED = 0.5, 0.5, 0
@@ -70,9 +70,9 @@ REST, TOTAL = "writing and the rest", "total"
 STAGES = (Z, KEYS, SOLVE, PROJECTION, REST)
 FAST_PLACES = (
     Place(Workspace, "target_values", Z),
-    Place(Workspace, "walk", KEYS),
-    Place(KeyWalk, "keys", KEYS),
-    Place(KeyWalk, "outputs", KEYS),
+    Place(Workspace, "activations", KEYS),
+    Place(ActivationsPass, "keys", KEYS),
+    Place(ActivationsPass, "outputs", KEYS),
     Place(AlphaEdit, "updates", SOLVE),  # what the stages within it leave of it
     Place(Sphere, "apply", PROJECTION),
 )
@@ -164,10 +164,10 @@ def make_editors(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Na
         "model_label": DEFAULT_MODEL,
         "stats_dir": args.stats_dir,
         "progress": False,
-        "given_templates": generate_templates(model, tokenizer, SEED),
+        "given_templates": generate_context_templates(model, tokenizer, SEED),
     }
     editors = [
-        Editor(model, tokenizer, METHOD, hparams, z_products=Z_PRODUCTS[products], **options)
+        Editor(model, tokenizer, METHOD, hparams, z_matmul_dtype=Z_MATMUL_DTYPES[products], **options)
         for products in args.products
     ]
     for editor in editors:
@@ -318,7 +318,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--products",
-        choices=list(Z_PRODUCTS),
+        choices=list(Z_MATMUL_DTYPES),
         nargs="+",
         default=["model"],
         help="types that the fast way multiplies in while z is sought, each a run of its own",

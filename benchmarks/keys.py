@@ -17,10 +17,10 @@ from torch import Tensor
 from benchmarks.common import Row, benchmark_parser, compare, device_of, finish, relative
 from benchmarks.models import benchmark_model
 from benchmarks.plain import keys as plain
-from sphere.cli import positive_int, run_cli
-from sphere.data import load_records
-from sphere.keys import KeyWalk
-from sphere.layers import LayerStack
+from sphere.commands.common import positive_int, run_cli
+from sphere.data.records import load_records
+from sphere.forward.layers import LayerStack
+from sphere.values.compute_ks import ActivationsPass
 
 TEMPLATES = (
     ("{}",),
@@ -59,9 +59,9 @@ def measure(model: Any, tokenizer: Any, hparams: Any, n: int, batch_tokens: int,
         return found
 
     def fast() -> list[Tensor]:
-        walk, found = KeyWalk(stack, tokenizer, requests, TEMPLATES, batch_tokens), []
+        activations, found = ActivationsPass(stack, tokenizer, requests, TEMPLATES, batch_tokens), []
         for layer in stack.rewrite:
-            found += [walk.keys(layer), walk.outputs(top)]
+            found += [activations.compute_ks(layer), activations.outputs(top)]
             edit(layer)
         return found
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from benchmarks.alphaedit_solve import random_keys
 from benchmarks.common import Row, benchmark_parser, compare, device_of, finish, peak_of, relative
 from benchmarks.plain import solves as plain
-from sphere.cli import positive_int, run_cli
-from sphere.solvers import SequentialSolve, inverse_moment
+from sphere.commands.common import positive_int, run_cli
+from sphere.methods.sequential_solve import SequentialSolve, inverse_moment
 
 WEIGHT = 50.0  # mom2_update_weight
 

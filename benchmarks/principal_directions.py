@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.common import Measured, Row, benchmark_parser, compare, device_of, finish, relative, time_of
 from benchmarks.plain import projection as plain
-from sphere.cli import run_cli
+from sphere.commands.common import run_cli
 from sphere.errors import SphereError
 from sphere.projection import principal_directions
 

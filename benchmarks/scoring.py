@@ -13,11 +13,11 @@ from typing import Any
 
 from benchmarks.common import Row, finish
 from benchmarks.plain.scoring import plain_scorer
-from sphere.cli import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
-from sphere.data import Record, load_records
+from sphere.commands.common import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
+from sphere.data.records import Record, load_records
 from sphere.errors import SphereError
+from sphere.evaluation.scoring import RecordScorer, count_prompts
 from sphere.models import load_model
-from sphere.scoring import RecordScorer, count_prompts
 
 GOAL = 2.5
 

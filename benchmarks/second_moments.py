@@ -17,9 +17,9 @@ from torch import Tensor
 from benchmarks.common import Measured, Row, benchmark_parser, compare, device_of, finish, relative
 from benchmarks.models import benchmark_model
 from benchmarks.plain import moments as plain
-from sphere.cli import positive_int, run_cli
-from sphere.layers import LayerStack
-from sphere.second_moments import collect_second_moments
+from sphere.commands.common import positive_int, run_cli
+from sphere.forward.layers import LayerStack
+from sphere.values.layer_stats import layer_stats
 
 SHORTEST, LONGEST = 20, 120
 
@@ -42,7 +42,7 @@ def measure(model: Any, hparams: Any, n_documents: int, batch_tokens: int, turns
         return [plain.second_moment(model, module, documents) for module in stack.rewrite.values()]
 
     def fast() -> list[Tensor]:
-        return list(collect_second_moments(stack, documents, batch_tokens=batch_tokens)[0].values())
+        return list(layer_stats(stack, documents, batch_tokens=batch_tokens)[0].values())
 
     def note(fast: Measured) -> str:
         return f"{tokens / fast.median:.0f} tokens/s"

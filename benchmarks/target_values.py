@@ -25,14 +25,14 @@ from benchmarks.common import Measured, Row, benchmark_parser, compare, device_o
 from benchmarks.keys import TEMPLATES
 from benchmarks.models import benchmark_model
 from benchmarks.plain.target_values import plain_target_values
-from sphere.cli import positive_int, run_cli
-from sphere.data import load_records
+from sphere.commands.common import positive_int, run_cli
+from sphere.data.records import load_records
+from sphere.forward.layers import LayerStack
 from sphere.hparams import TargetHParams
-from sphere.layers import LayerStack
-from sphere.plan import measure_rates
 from sphere.requests import EditRequest
-from sphere.run_config import Z_PRODUCTS
-from sphere.target_values import compute_target_values
+from sphere.runs.config import Z_MATMUL_DTYPES
+from sphere.runs.plan import measure_rates
+from sphere.values.compute_z import compute_z
 
 # Rows by default: (requests in a batch, type that the fast way multiplies in); on a GPU, and elsewhere.
 ON_GPU = [(100, "model")]
@@ -65,7 +65,7 @@ class Batch:
 
     def fast(self) -> Tensor:
         """z of all requests, of which those of the plain way are returned."""
-        found = compute_target_values(
+        found = compute_z(
             self.stack,
             self.tokenizer,
             self.requests,
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_tokens", type=positive_int, default=2048)
     parser.add_argument(
         "--products",
-        choices=list(Z_PRODUCTS),
+        choices=list(Z_MATMUL_DTYPES),
         nargs="+",
         default=None,
         help="types that the fast way multiplies in",
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         requests = [record.request for record in load_records("starter", "data", n)]
         few = min(args.few, n)
         chosen = list(range(0, n, n // few))[:few]
-        kind = Z_PRODUCTS[products]
+        kind = Z_MATMUL_DTYPES[products]
         batch = Batch(stack, tokenizer, hparams, requests, chosen, kind, args.batch_tokens)
         label = f", products in {products}" if products != "model" else ""
         goal = GOALS.get((n, products)) if device.type == "cpu" else None

@@ -27,11 +27,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from sphere.cli import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
+from sphere.commands.common import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags; those that decide the run have the names of `sphere.run_config.RunConfig`."""
+    """The flags; those that decide the run have the names of `sphere.runs.config.RunConfig`."""
     parser = make_parser(__doc__)
     _add_editing_flags(parser)
     add_model_flags(parser)
@@ -133,7 +133,7 @@ def _add_scoring_and_machine_flags(parser: argparse.ArgumentParser) -> None:
         "has room for)",
     )
     machine.add_argument(
-        "--z_products",
+        "--z_matmul_dtype",
         metavar="TYPE",
         default="model",
         help="model or bfloat16, the type in which the layers above z multiply while z is sought; its state stays in "
@@ -145,17 +145,17 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, edit, score, print."""
     arguments = parser().parse_args(argv)
     if arguments.list_methods:
-        from sphere.catalogue import describe_methods
+        from sphere.runs.method_list import describe_methods
 
         print(describe_methods(arguments.hparams_dir))
         return 0
-    from sphere.run import RunConfig, execute
+    from sphere.runs.run import RunConfig, execute
 
     fields = {f.name for f in dataclasses.fields(RunConfig)}
     values = {k: v for k, v in vars(arguments).items() if k in fields}
     config = RunConfig(**{**values, "data_dir": str(values["data_dir"])})
     if arguments.dry_run:
-        from sphere.plan import describe_run
+        from sphere.runs.plan import describe_run
 
         print(describe_run(config))
         return 0
@@ -164,9 +164,9 @@ def main(argv: list[str] | None = None) -> int:
     say(f"\nWeights and log: {run.folder}")
     if arguments.skip_scoring:
         return 0
-    from sphere.data import load_records
-    from sphere.evaluation import evaluate_run
-    from sphere.summary import format_table
+    from sphere.data.records import load_records
+    from sphere.evaluation.evaluate_run import evaluate_run
+    from sphere.evaluation.summary import format_table
 
     run.editor.revert()
     interval = 0 if arguments.skip_generation_tests else max(arguments.generation_test_interval, 0)

@@ -24,10 +24,10 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sphere.cli import run_cli
+from sphere.commands.common import run_cli
 from sphere.errors import SphereError
-from sphere.run_config import RunConfig
-from sphere.sweep import Job, collect, format_sweep, report_command, run_job
+from sphere.runs.config import RunConfig
+from sphere.runs.sweep import Job, collect, format_sweep, report_command, run_job
 
 ALONE = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # one job after the other
 DECIDED_HERE = ("output_dir", "continue_from_run", "overwrite")

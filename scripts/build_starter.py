@@ -12,10 +12,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from sphere.data.starter import StarterConfig, TargetScorer, build_starter, load_facts
 from sphere.errors import SphereError
 from sphere.files import write_json
 from sphere.models import DEFAULT_MODEL, load_model
-from sphere.starter import StarterConfig, TargetScorer, build_starter, load_facts
 
 
 def parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sphere.cli import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
+from sphere.commands.common import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _edits(args: argparse.Namespace) -> int:
     from sphere.checkpoints import list_checkpoints
-    from sphere.data import load_records
+    from sphere.data.records import load_records
     from sphere.distributed import start
-    from sphere.evaluation import evaluate_run
+    from sphere.evaluation.evaluate_run import evaluate_run
+    from sphere.evaluation.summary import format_table
     from sphere.models import load_model
-    from sphere.summary import format_table
 
     list_checkpoints(args.weight_folder)  # a wrong folder is reported before anything is loaded
     records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sphere.cli import make_parser, run_cli
+from sphere.commands.common import make_parser, run_cli
 
 
 def parser() -> argparse.ArgumentParser:

@@ -129,7 +129,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 def write_resume(
     folder: str | Path,
     tensors: Mapping[str, Tensor],
-    lasting: Mapping[str, Tensor],
+    append_only: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> None:
     """Replace the run's resume point; a kill at any moment leaves the old one or the new one whole.
@@ -139,18 +139,20 @@ def write_resume(
 
     Args:
         tensors: change with every batch.
-        lasting: never change under their name: those of the point before are left where they are, those that are
+        append_only: never change under their name: those of the point before are left where they are, those that are
             no longer named are removed.
         state: small and JSON-able; "n_edits" names the file of what is new.
     """
     folder = Path(folder)
     parts = {
-        part: names for part, names in _resume_parts(folder).items() if not lasting.keys().isdisjoint(names)
+        part: names
+        for part, names in _resume_parts(folder).items()
+        if not append_only.keys().isdisjoint(names)
     }
     if len(parts) >= MOST_PARTS:
         parts = {}
     known = {name for names in parts.values() for name in names}
-    new = {name: tensor for name, tensor in lasting.items() if name not in known}
+    new = {name: tensor for name, tensor in append_only.items() if name not in known}
     if new:
         part = f"resume_{state['n_edits']}.safetensors"
         with atomic_path(folder / part) as temporary:
@@ -166,7 +168,7 @@ def write_resume(
 
 
 def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
-    """The resume point of a run as (tensors, lasting, state), or None where it has none.
+    """The resume point of a run as (tensors, append_only, state), or None where it has none.
 
     Raises:
         SphereError: one of its files is damaged or gone.
@@ -174,7 +176,7 @@ def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
     path = Path(folder) / RESUME_NAME
     if not path.exists():
         return None
-    lasting: dict[str, Tensor] = {}
+    append_only: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
             content = json.loads(file.metadata()["resume"])
@@ -182,16 +184,16 @@ def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
         for part, names in content["parts"].items():
             path = Path(folder) / part
             with safe_open(path, framework="pt") as file:
-                lasting |= {name: file.get_tensor(name) for name in names}
+                append_only |= {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise SphereError(
             f"The resume point {path} is damaged ({error}): begin the run anew with --overwrite."
         ) from error
-    return tensors, lasting, content["state"]
+    return tensors, append_only, content["state"]
 
 
 def _resume_parts(folder: Path) -> dict[str, list[str]]:
-    """File -> names of the lasting tensors in it, as the resume point says."""
+    """File -> names of the append_only tensors in it, as the resume point says."""
     path = folder / RESUME_NAME
     if not path.exists():
         return {}

@@ -1,6 +1,6 @@
 """The editing loop, once for all methods: ask a method for updates, pass them through the rules, write them.
 
-Knows nothing of files or datasets (`sphere.run`) and nothing of how a method finds its updates.
+Knows nothing of files or datasets (`sphere.runs.run`) and nothing of how a method finds its updates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams
 from sphere.methods import Workspace, get_method
 from sphere.requests import EditRequest, check_batch
-from sphere.rules import Figures, apply_rules
+from sphere.rules import Metrics, apply_rules
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ LARGEST_RELATIVE_UPDATE = 10.0
 # Prefixes of what a saved state holds.
 _WEIGHT, _RNG = "weight/", "rng/"
 
-# (name, weight after, weight before, figures known already) -> further figures; weights (out x in).
-Measure = Callable[[str, Tensor, Tensor, Figures], Mapping[str, Any]]
+# (name, weight after, weight before, metrics known already) -> further metrics; weights (out x in).
+Measure = Callable[[str, Tensor, Tensor, Metrics], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class BatchReport:
     Attributes:
         n_edits: edits written so far, this batch included.
         seconds: wall time of the batch, without measuring.
-        layers: weight name -> figures: delta_norm, the Frobenius norm of the batch's change; weight_norm; what the
+        layers: weight name -> metrics: delta_norm, the Frobenius norm of the batch's change; weight_norm; what the
             rules say (rank r, principal shares, ...; the mean where a weight got several updates); what was measured.
-        findings: sentences on repeated or conflicting requests.
-        measure_seconds: wall time of measuring (see `sphere.monitor`); 0 where nothing was measured.
+        warnings: sentences on repeated or conflicting requests.
+        measure_seconds: wall time of measuring (see `sphere.runs.monitor`); 0 where nothing was measured.
     """
 
     n_edits: int
     seconds: float
     layers: dict[str, dict[str, Any]]
-    findings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     measure_seconds: float = 0.0
 
 
@@ -92,9 +92,9 @@ class Editor:
         """Write one batch of requests into the model.
 
         Args:
-            measure: asked for further figures of each edited weight once the batch is written, e.g.
-                `sphere.monitor.Monitor.measure`. Where a method conditions the total change (PRUNE) it is shown what
-                is saved: the conditioned weight, beside the original one.
+            measure: asked for further metrics of each edited weight once the batch is written, e.g.
+                `sphere.runs.monitor.Monitor.measure`. Where a method conditions the total change (PRUNE) it is shown
+                what is saved: the conditioned weight, beside the original one.
 
         Raises:
             SphereError: bad requests, or an update that is not finite or absurdly large; the batch and the layer are
@@ -102,21 +102,21 @@ class Editor:
         """
         if not requests:
             raise SphereError("There is nothing to edit: give at least one request.")
-        findings = check_batch(requests)
+        warnings = check_batch(requests)
         start = time.perf_counter()
         before = self.weights.snapshot("cpu" if self.workspace.conserve_memory else None)
         known = self.method.state().keys()
-        noted: dict[str, list[Figures]] = {}
+        noted: dict[str, list[Metrics]] = {}
         try:
             self._continue_conditioned()
             for name, delta in self.method.updates(requests):
                 noted.setdefault(name, []).append(self._write(name, delta, requests))
             self._agree()
-            layers: dict[str, dict[str, Any]] = {name: _mean(figures) for name, figures in noted.items()}
-            for name, figures in layers.items():
+            layers: dict[str, dict[str, Any]] = {name: _mean(metrics) for name, metrics in noted.items()}
+            for name, metrics in layers.items():
                 now = self.weights.get(name)
                 change = now - self.weights.canonical(name, before[name]).to(now)
-                figures["delta_norm"] = float(change.norm())
+                metrics["delta_norm"] = float(change.norm())
             seconds = time.perf_counter() - start
             if measure:
                 self._measure(measure, layers, before)
@@ -127,7 +127,7 @@ class Editor:
         self.n_edits += len(requests)
         log.info("%d edits in %.1f s, %d in all.", len(requests), seconds, self.n_edits)
         measuring = time.perf_counter() - start - seconds if measure else 0.0
-        return BatchReport(self.n_edits, seconds, layers, findings, measuring)
+        return BatchReport(self.n_edits, seconds, layers, warnings, measuring)
 
     def _agree(self) -> None:
         """Where several processes edit alike: take the main one's weights, so that rounding never parts them."""
@@ -139,18 +139,18 @@ class Editor:
     def _measure(
         self, measure: Measure, layers: dict[str, dict[str, Any]], before: Mapping[str, Tensor]
     ) -> None:
-        """Add measured figures to those of each weight."""
+        """Add measured metrics to those of each weight."""
         conditioned, noted = self._conditioned() if self.rules.total else ({}, {})
-        for name, figures in layers.items():
-            figures.update(noted.get(name, {}))
+        for name, metrics in layers.items():
+            metrics.update(noted.get(name, {}))
             after = self.weights.get(name)
             if name in conditioned:
                 after = self.weights.canonical(name, conditioned[name])
             earlier = self.original[name] if name in conditioned else before[name]
             earlier = self.weights.canonical(name, earlier).to(after)
-            figures.update(measure(name, after, earlier, figures))
+            metrics.update(measure(name, after, earlier, metrics))
 
-    def _write(self, name: str, delta: Tensor, requests: Sequence[EditRequest]) -> Figures:
+    def _write(self, name: str, delta: Tensor, requests: Sequence[EditRequest]) -> Metrics:
         """Pass one update through the rules and add it to its weight."""
         weight = self.weights.get(name)
         where = f"{name} in the batch of cases {requests[0].case_id} to {requests[-1].case_id}"
@@ -159,7 +159,7 @@ class Editor:
                 f"The update of {where} is not finite: the batch was not written; raise L2 or mom2_update_weight, or "
                 "use --dtype float32."
             )
-        delta, figures = apply_rules(self.rules.each, delta.to(weight), weight)
+        delta, metrics = apply_rules(self.rules.each, delta.to(weight), weight)
         size, norm = float(delta.norm()), float(weight.norm())
         if not size <= LARGEST_RELATIVE_UPDATE * norm:
             raise SphereError(
@@ -172,14 +172,14 @@ class Editor:
                 f"The update of {where} leaves a weight that is not finite in the model's dtype: the batch was not "
                 "written; use --dtype bfloat16 or float32."
             )
-        return {"weight_norm": norm, **figures}
+        return {"weight_norm": norm, **metrics}
 
     def _continue_conditioned(self) -> None:
         if self.rules.total and self.rules.continue_conditioned and self.n_edits:
             self.weights.restore(self._conditioned()[0])
 
-    def _conditioned(self) -> tuple[dict[str, Tensor], dict[str, Figures]]:
-        """W_0 + conditioned (W - W_0), in the model's own orientation, and the rules' figures by weight."""
+    def _conditioned(self) -> tuple[dict[str, Tensor], dict[str, Metrics]]:
+        """W_0 + conditioned (W - W_0), in the model's own orientation, and the rules' metrics by weight."""
         result, noted = {}, {}
         for name in self.weights.names:
             now = self.weights.get(name)
@@ -217,11 +217,11 @@ class Editor:
         return tensors, self.method.state(), {"n_edits": self.n_edits}
 
     def load_state(
-        self, tensors: Mapping[str, Tensor], lasting: Mapping[str, Tensor], state: Mapping[str, Any]
+        self, tensors: Mapping[str, Tensor], append_only: Mapping[str, Tensor], state: Mapping[str, Any]
     ) -> None:
         """Take up a saved `state` on the same, unedited model."""
         self.method.prepare()  # on the unedited model
-        self.method.load_state(lasting)
+        self.method.load_state(append_only)
         self.weights.restore(
             {k.removeprefix(_WEIGHT): v for k, v in tensors.items() if k.startswith(_WEIGHT)}
         )
@@ -245,8 +245,8 @@ def _set_random_state(states: Mapping[str, Tensor]) -> None:
             torch.cuda.set_rng_state(state, device)
 
 
-def _mean(figures: Sequence[Figures]) -> dict[str, Any]:
-    """The figures of a weight's update; the mean of each where there were several updates."""
-    if len(figures) == 1:
-        return dict(figures[0])
-    return {key: statistics.fmean(f[key] for f in figures) for key in figures[0]}
+def _mean(metrics: Sequence[Metrics]) -> dict[str, Any]:
+    """The metrics of a weight's update; the mean of each where there were several updates."""
+    if len(metrics) == 1:
+        return dict(metrics[0])
+    return {key: statistics.fmean(f[key] for f in metrics) for key in metrics[0]}

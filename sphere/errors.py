@@ -1,6 +1,6 @@
 """The one exception of this package: a sentence for the user.
 
-It knows nothing of command lines; `sphere.cli` turns it into an exit status.
+It knows nothing of command lines; `sphere.commands.common` turns it into an exit status.
 """
 
 

@@ -1,21 +1,18 @@
 """Loading a model and its tokenizer by name, path or hub id, on any device.
 
 Knows where models come from. It knows nothing of their inside: modules are reached by the templates of the
-hyperparameters (`sphere.layers`).
+hyperparameters (`sphere.forward.layers`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -200,44 +197,3 @@ def embedded_gguf(name: str) -> tuple[str, str]:
             "(or `make setup`)."
         )
     return str(files[0].parent), files[0].name
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of all parameters: equal only for equal weights."""
-    return Fingerprint(model).now()
-
-
-class Fingerprint:
-    """The fingerprint of a model of which only a few parameters change: the others are read once.
-
-    Args:
-        changing: names of the parameters that are read anew each time.
-    """
-
-    def __init__(self, model: nn.Module, changing: Iterable[str] = ()) -> None:
-        self._model = model
-        self._names = [name for name, _ in model.named_parameters()]
-        self._changing = set(changing)
-        self._digests: dict[str, str] = {}
-
-    def now(self) -> str:
-        """SHA-256 over the weights as they stand."""
-        todo: dict[str, list[str]] = {}  # module -> names of its parameters
-        for name in self._names:
-            if name not in self._digests or name in self._changing:
-                todo.setdefault(name.rpartition(".")[0], []).append(name)
-        with ThreadPoolExecutor(max_workers=4) as pool:  # hashing lets other threads run
-            for digests in pool.map(self._digest, todo, todo.values()):
-                self._digests |= digests
-        lines = (f"{name} {self._digests[name]}" for name in self._names)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    def _digest(self, path: str, names: Sequence[str]) -> dict[str, str]:
-        module, result = self._model.get_submodule(path), {}
-        with align_module_device(module):  # brings weights that a device_map has put on the disk
-            for name in names:
-                parameter = getattr(module, name.rpartition(".")[2]).detach().cpu().contiguous()
-                digest = hashlib.sha256(f"{tuple(parameter.shape)}{parameter.dtype}".encode())
-                digest.update(parameter.view(-1).view(torch.uint8).numpy().data)
-                result[name] = digest.hexdigest()
-        return result

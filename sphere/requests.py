@@ -61,17 +61,17 @@ class EditRequest:
 def check_batch(requests: Sequence[EditRequest]) -> list[str]:
     """Report (and log) requests of one batch that repeat or contradict one another; returns the sentences."""
     seen: dict[tuple[str, str], EditRequest] = {}
-    findings = []
+    warnings = []
     for request in requests:
         first = seen.setdefault((request.subject, request.prompt), request)
         if first is request:
             continue
         same = first.target_new.strip() == request.target_new.strip()
         kind = "repeats" if same else "contradicts"
-        findings.append(
+        warnings.append(
             f"Case {request.case_id} {kind} case {first.case_id} in one batch: {request.text!r} -> "
             f"{request.target_new.strip()!r} and {first.target_new.strip()!r}."
         )
-    for finding in findings:
-        log.warning("%s", finding)
-    return findings
+    for warning in warnings:
+        log.warning("%s", warning)
+    return warnings

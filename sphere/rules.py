@@ -1,6 +1,6 @@
 """Update rules: what becomes of a solver's update before it is written. SPHERE is one of them.
 
-A rule maps an update and the weight that it refers to (both out x in) to an update, and says in figures what it did.
+A rule maps an update and the weight that it refers to (both out x in) to an update, and says in metrics what it did.
 A method lists the rules that each of its updates passes (`each`) and those that condition the total change since the
 first edit when it is saved and scored (`total`). Knows nothing of models or solvers.
 """
@@ -16,22 +16,23 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 from sphere.hypersphere import principal_share
+from sphere.linalg import largest_singular_value
 from sphere.projection import check_alpha, check_beta, principal_directions, suppress
 
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
 class Rule(Protocol):
     """Turns an update of a weight into another one."""
 
-    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Figures]:
+    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
         """
         Args:
             delta: update (out x in).
             weight: the weight (out x in) that the update refers to.
 
         Returns:
-            The update to write, and figures for the log.
+            The update to write, and metrics for the log.
         """
         ...
 
@@ -52,7 +53,7 @@ class Sphere:
         check_beta(self.beta_hse)
         check_alpha(self.alpha)
 
-    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Figures]:
+    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
         directions = principal_directions(weight, self.beta_hse)
         projected = suppress(delta, directions.basis, self.alpha)
         return projected, {
@@ -76,7 +77,7 @@ class LargestRelative:
         if not 0 < self.share <= 1:
             raise SphereError(f"The share of entries that RECT keeps must be in (0, 1], got {self.share}.")
 
-    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Figures]:
+    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
         relative = (delta / (weight + 1e-8).to(delta)).abs()  # out x in
         drop = int((1 - self.share) * relative.numel())
         kept = delta
@@ -102,7 +103,7 @@ class CondenseSpectrum:
         if not self.base > 1:
             raise SphereError(f"The base of PRUNE's logarithm must be above 1, got {self.base}.")
 
-    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Figures]:
+    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
         largest = largest_singular_value(weight.to(delta))
         if largest_singular_value(delta) <= largest:  # no decomposition where there is nothing to condense
             return delta, {"condensed": 0}
@@ -110,12 +111,6 @@ class CondenseSpectrum:
         condensed = (s.clamp(min=1e-30).log() - largest.log()) / math.log(self.base) + largest
         above = s > largest
         return (u * torch.where(above, condensed, s)) @ vh, {"condensed": int(above.sum())}
-
-
-def largest_singular_value(matrix: Tensor) -> Tensor:
-    """||A||_2 from the Gram matrix of the smaller side: several times as fast as a decomposition, and as exact."""
-    small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    return torch.linalg.eigvalsh(small @ small.T)[-1].clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)
@@ -133,13 +128,13 @@ class RuleSet:
     continue_conditioned: bool = field(default=False)
 
 
-def apply_rules(rules: tuple[Rule, ...], delta: Tensor, weight: Tensor) -> tuple[Tensor, Figures]:
+def apply_rules(rules: tuple[Rule, ...], delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
     """Pass an update through rules, one after the other."""
-    figures: Figures = {}
+    metrics: Metrics = {}
     for rule in rules:
         delta, noted = rule.apply(delta, weight)
-        figures |= noted
-    return delta, figures
+        metrics |= noted
+    return delta, metrics
 
 
 def sphere_rules(beta_hse: float, alpha: float) -> tuple[Rule, ...]:

@@ -11,10 +11,10 @@ import torch
 
 from sphere.checkpoints import run_folder, write_checkpoint, write_config
 from sphere.downstream import metrics
+from sphere.evaluation.summary import retention, summarise
 from sphere.files import write_json
 from sphere.hypersphere import hyperspherical_energy
-from sphere.run import RunConfig
-from sphere.summary import retention, summarise
+from sphere.runs.run import RunConfig
 
 NAMES = ("model.layers.4.mlp.down_proj.weight", "model.layers.5.mlp.down_proj.weight")
 TASKS = {"reasoning": None, "nli": "true", "open_domain_qa": None, "closed_domain_qa": "yes"}
@@ -110,7 +110,7 @@ def _row(label: str, n_edits: int, cases: list[dict[str, Any]]) -> dict[str, Any
 
 
 def _cases(kind: str, n: int, quality: float, generator: random.Random) -> list[dict[str, Any]]:
-    """Cases as `sphere.scoring` makes them, right with probability `quality`."""
+    """Cases as `sphere.evaluation.scoring` makes them, right with probability `quality`."""
 
     def entry(chance: float) -> dict[str, Any]:
         right = float(generator.random() < chance)

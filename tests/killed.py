@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
-from sphere.run import RunConfig, execute
+from sphere.runs.run import RunConfig, execute
 
 # Children are forked from a process that has imported everything and computed nothing.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["sphere.run", "baselines.mend", "transformers.models.llama.modeling_llama"])
+CONTEXT.set_forkserver_preload(
+    ["sphere.runs.run", "sphere.baselines.mend", "transformers.models.llama.modeling_llama"]
+)
 SECONDS = 300
 
 

@@ -25,11 +25,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from baselines.mend.method import edited_shapes
-from baselines.mend.networks import MendEditor
+from sphere.baselines.mend.method import edited_shapes
+from sphere.baselines.mend.networks import MendEditor
 from sphere.editor import Editor
+from sphere.forward.layers import LayerStack
 from sphere.hparams import ModuleHParams, hparams_from_dict
-from sphere.layers import LayerStack
 from sphere.methods import Workspace, available_methods, get_method
 from sphere.methods.ft import TeacherForcing
 from sphere.requests import EditRequest

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from sphere import data
-from sphere.data import load_records
+from sphere.data import records as data
+from sphere.data.records import load_records
 from sphere.errors import SphereError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -15,14 +15,14 @@ from conftest import REQUESTS, tiny_llama
 from places import place, pretended_devices
 from test_architectures import tiny_hparams
 
-from sphere.data import Record
+from sphere.data.records import Record
 from sphere.editor import Editor
 from sphere.errors import SphereError
+from sphere.evaluation.scoring import score_records
+from sphere.fingerprint import fingerprint
+from sphere.forward.layers import LayerStack
 from sphere.hparams import ModuleHParams
-from sphere.layers import LayerStack
-from sphere.models import fingerprint
-from sphere.scoring import score_records
-from sphere.second_moments import collect_second_moments
+from sphere.values.layer_stats import layer_stats
 
 # Layers 1 and 2 are edited, and they are apart.
 MAP = {
@@ -120,17 +120,15 @@ def test_second_moments_and_scores_over_devices(tiny_tokenizer):
         )
         for r in REQUESTS
     ]
-    moments, _ = collect_second_moments(LayerStack(tiny_llama(), hparams), ids, batch_tokens=64)
+    moments, _ = layer_stats(LayerStack(tiny_llama(), hparams), ids, batch_tokens=64)
     cases = score_records(tiny_llama(), tiny_tokenizer, records, progress=False)
     with pretended_devices():
         model = place(tiny_llama(), MAP)
-        spread, _ = collect_second_moments(LayerStack(model, hparams), ids, batch_tokens=64)
+        spread, _ = layer_stats(LayerStack(model, hparams), ids, batch_tokens=64)
         for layer, moment_ in spread.items():
             assert moment_.device == torch.device(f"cuda:{layer}")
             assert torch.allclose(moment_.cpu(), moments[layer])
-        on_host, _ = collect_second_moments(
-            LayerStack(model, hparams), ids, batch_tokens=8, device=torch.device("cpu")
-        )
+        on_host, _ = layer_stats(LayerStack(model, hparams), ids, batch_tokens=8, device=torch.device("cpu"))
         for layer, moment_ in on_host.items():
             assert moment_.device == torch.device("cpu")
             assert torch.allclose(moment_, moments[layer], atol=1e-5)

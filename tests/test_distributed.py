@@ -17,8 +17,8 @@ from tiny_run import TinyRun, flags
 from sphere.distributed import Processes, start
 from sphere.downstream import TASKS, run_downstream
 from sphere.errors import SphereError
-from sphere.evaluation import evaluate_run
-from sphere.run import execute
+from sphere.evaluation.evaluate_run import evaluate_run
+from sphere.runs.run import execute
 
 ROOT = Path(__file__).parents[1]
 

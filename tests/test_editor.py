@@ -13,11 +13,11 @@ from places import place, pretended_devices
 from tiny_run import METHODS, method_values, records
 from transformers import PreTrainedTokenizerBase
 
-from baselines.mend.networks import MendEditor
 from sphere import Editor, EditRequest, SphereError, get_method, hparams_from_dict
+from sphere.baselines.mend.networks import MendEditor
 from sphere.methods import Method
 from sphere.methods.alphaedit import AlphaEdit
-from sphere.solvers import SequentialSolve
+from sphere.methods.sequential_solve import SequentialSolve
 
 CPU = torch.device("cpu")
 FACTS = [
@@ -183,7 +183,7 @@ def test_repeated_and_conflicting_requests_are_reported(make: Any, caplog: pytes
     twice = EditRequest(7, REQUESTS[0].prompt, REQUESTS[0].subject, REQUESTS[0].target_new)
     other = EditRequest(8, REQUESTS[0].prompt, REQUESTS[0].subject, "Dutch")
     report = make().edit([REQUESTS[0], twice, other])
-    repeats, contradicts = report.findings
+    repeats, contradicts = report.warnings
     assert repeats.startswith("Case 7 repeats case 0 in one batch: 'The mother tongue of Ann Lee is'")
     assert contradicts.startswith("Case 8 contradicts case 0 in one batch")
     assert "'Dutch' and 'Welsh'" in contradicts
@@ -199,14 +199,14 @@ def test_a_state_is_taken_up_by_another_editor(method: str, make: Any) -> None:
     expected = in_batches(make(method), FACTS[:6], 2)
     first = make(method)
     in_batches(first, FACTS[:4], 2)
-    tensors, lasting, values = first.state()
+    tensors, append_only, values = first.state()
     second = make(method)
-    second.load_state(tensors, {name: t.clone() for name, t in lasting.items()}, values)
+    second.load_state(tensors, {name: t.clone() for name, t in append_only.items()}, values)
     assert second.n_edits == 4
     assert_same(in_batches(second, FACTS[4:6], 2), expected)
     again, kept, _ = second.state()
     assert again.keys() == tensors.keys()
-    assert kept.keys() >= lasting.keys()
+    assert kept.keys() >= append_only.keys()
 
 
 @pytest.mark.parametrize("method", STATEFUL)
@@ -215,17 +215,17 @@ def test_what_lasts_does_not_change_under_its_name(method: str, make: Any) -> No
     editor, seen = make(method), {}
     for i in range(0, 6, 2):
         editor.edit(FACTS[i : i + 2])
-        lasting = editor.state()[1]
-        assert len(lasting) == 2 * (i // 2 + 1)
-        for name, tensor in lasting.items():
+        append_only = editor.state()[1]
+        assert len(append_only) == 2 * (i // 2 + 1)
+        for name, tensor in append_only.items():
             assert tensor.device == CPU
             assert torch.equal(seen.setdefault(name, tensor.clone()), tensor)
 
 
 def test_a_state_of_another_model_is_refused(make: Any) -> None:
-    tensors, lasting, values = make(modules=GPT2_MODULES, model=tiny_gpt2()).state()
+    tensors, append_only, values = make(modules=GPT2_MODULES, model=tiny_gpt2()).state()
     with pytest.raises(SphereError, match="These weights do not fit this model"):
-        make().load_state(tensors, lasting, values)
+        make().load_state(tensors, append_only, values)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -19,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from tiny_run import TinyRun, command, contents, flags, records
 from transformers import PreTrainedTokenizerBase
 
-import sphere.corpus
-import sphere.data
+import sphere.data.records
 import sphere.files
-import sphere.run
+import sphere.runs.run
+import sphere.values.corpus
 from experiments import evaluate
 from scripts import evaluate_each_epoch
 from sphere.checkpoints import read_weights
 from sphere.methods.alphaedit import AlphaEdit
-from sphere.run import execute
+from sphere.runs.run import execute
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,7 +189,7 @@ def test_subject_that_is_not_in_its_question(tiny: TinyRun, refused: Refuse) -> 
 
 
 def test_dataset_without_network(tiny: TinyRun, refused: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sphere.data, "PUBLISHED_HOME", "http://127.0.0.1:9")
+    monkeypatch.setattr(sphere.data.records, "PUBLISHED_HOME", "http://127.0.0.1:9")
     said = refused(ds_name="mcf")
     assert f"put the published file at {tiny.folder / 'data' / 'multi_counterfact.json'}" in said
     assert "--data_dir" in said

@@ -19,12 +19,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import experiments.evaluate
 import scripts.evaluate_each_epoch
-from sphere import evaluation
 from sphere.checkpoints import write_checkpoint, write_config
 from sphere.distributed import Processes
-from sphere.evaluation import CaseFile, evaluate_run
-from sphere.generation import CaseGenerator, WordTokenizer, continue_prompts, ngram_entropy
-from sphere.scoring import RecordScorer
+from sphere.evaluation import evaluate_run as evaluation
+from sphere.evaluation.evaluate_run import CaseFile, evaluate_run
+from sphere.evaluation.generation import CaseGenerator, WordTokenizer, continue_prompts, ngram_entropy
+from sphere.evaluation.scoring import RecordScorer
 from sphere.weights import EditedWeights
 
 PROMPTS = ["Rome is", "A", "The largest city of all the world was once"]
@@ -176,7 +176,7 @@ def setting(tmp_path, tiny_tokenizer, monkeypatch):
         write_checkpoint(folder, n, noise)
     write_config(folder, {"case_ids": list(range(9))})
     monkeypatch.setattr(evaluation, "GENERATED_CHUNK", 2)
-    monkeypatch.setattr("sphere.generation.MAX_TOKENS", 30)
+    monkeypatch.setattr("sphere.evaluation.generation.MAX_TOKENS", 30)
     return model, tiny_tokenizer, folder
 
 
@@ -303,11 +303,11 @@ def test_flags(flags, interval, monkeypatch, tmp_path):
         records=[],
         processes=Processes(),
     )
-    monkeypatch.setattr("sphere.evaluation.evaluate_run", evaluate_run)
-    monkeypatch.setattr("sphere.summary.format_table", lambda summary: "")
-    monkeypatch.setattr("sphere.run.execute", lambda *args, **options: run)
+    monkeypatch.setattr("sphere.evaluation.evaluate_run.evaluate_run", evaluate_run)
+    monkeypatch.setattr("sphere.evaluation.summary.format_table", lambda summary: "")
+    monkeypatch.setattr("sphere.runs.run.execute", lambda *args, **options: run)
     monkeypatch.setattr("sphere.checkpoints.list_checkpoints", lambda folder: [])
-    monkeypatch.setattr("sphere.data.load_records", lambda *args: ["all records"])
+    monkeypatch.setattr("sphere.data.records.load_records", lambda *args: ["all records"])
     monkeypatch.setattr("sphere.models.load_model", lambda *args: (0, 0))
     shared = [*flags, f"--data_dir={tmp_path}", "--seed=3"]
     assert experiments.evaluate.main(shared) == 0

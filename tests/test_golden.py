@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sphere import Editor, EditRequest, get_method, hparams_from_dict, principal_directions
-from sphere.null_space import null_space_projector
+from sphere.methods.null_space import null_space_projector
 from sphere.projection import suppress
 from sphere.rules import LargestRelative
-from sphere.target_values import TargetValues
+from sphere.values.compute_z import TargetValues
 
 FOLDER = Path(os.environ.get("SPHERE_GOLDEN_DIR", Path(__file__).parents[2] / "shared" / "golden"))
 FILES = sorted(FOLDER.glob("*.json")) if FOLDER.is_dir() else []
@@ -90,16 +90,16 @@ def golden(request) -> Golden:
 class RecordedWalk:
     """Hands out recorded keys; outputs come from the model as it stands."""
 
-    def __init__(self, walk, keys: dict[int, Tensor]) -> None:
-        self.walk, self.recorded = walk, keys
+    def __init__(self, activations, keys: dict[int, Tensor]) -> None:
+        self.activations, self.recorded = activations, keys
 
     def keys(self, layer: int) -> Tensor:
-        own = self.walk.keys(layer)
+        own = self.activations.compute_ks(layer)
         assert relative(own, self.recorded[layer]) < 5e-3
         return self.recorded[layer]
 
     def outputs(self, layer: int) -> Tensor:
-        return self.walk.outputs(layer)
+        return self.activations.outputs(layer)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -163,7 +163,7 @@ class NearTies:
 def test_weight_changes_given_keys_and_z(golden, default_model, monkeypatch):
     editor, ties = golden.editor(default_model), NearTies(golden, monkeypatch)
     probe, workspace = golden.tensors["probe"], editor.workspace
-    real_walk, per_batch, ranks = workspace.walk, golden.keys_per_batch(), []
+    real_walk, per_batch, ranks = workspace.activations, golden.keys_per_batch(), []
     try:
         for number, indices in enumerate(golden.batches()):
             z = golden.tensors[f"{golden.name}.z"][indices]
@@ -175,7 +175,9 @@ def test_weight_changes_given_keys_and_z(golden, default_model, monkeypatch):
             monkeypatch.setattr(
                 workspace, "target_values", lambda _r, z=z: TargetValues(z, z, z[:, 0], z[:, 0])
             )
-            monkeypatch.setattr(workspace, "walk", lambda r, keys=keys: RecordedWalk(real_walk(r), keys))
+            monkeypatch.setattr(
+                workspace, "activations", lambda r, keys=keys: RecordedWalk(real_walk(r), keys)
+            )
             report = editor.edit(golden.requests(indices))
             ranks += [int(figures["rank"]) for figures in report.layers.values() if "rank" in figures]
             for layer in golden.layers:

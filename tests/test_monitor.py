@@ -21,7 +21,7 @@ from conftest import (
 )
 from tiny_run import TinyRun
 
-import sphere.monitor
+import sphere.runs.monitor
 from experiments.evaluate import parser
 from sphere.checkpoints import read_weights
 from sphere.editor import Editor
@@ -29,10 +29,10 @@ from sphere.errors import SphereError
 from sphere.hparams import hparams_from_dict
 from sphere.hypersphere import condition_number, energy_change, hyperspherical_energy, principal_share
 from sphere.methods import get_method
-from sphere.monitor import PLAIN_BETA, Monitor
 from sphere.projection import principal_directions
-from sphere.run import execute
-from sphere.run_config import RunConfig, command_of
+from sphere.runs.config import RunConfig, command_of
+from sphere.runs.monitor import PLAIN_BETA, Monitor
+from sphere.runs.run import execute
 
 TEMPLATES = (("{}",),)
 FIGURES = ("energy", "energy_change", "delta_norm", "rank", "principal_share_before", "principal_share_after")
@@ -215,7 +215,7 @@ def test_tensorboard_events_are_the_log(run_of, monkeypatch):
 
 
 def test_tensorboard_missing_is_one_sentence(run_of, monkeypatch):
-    monkeypatch.setattr(sphere.monitor.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sphere.runs.monitor.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SphereError, match="--tensorboard needs tensorboard: run `pip install"):
         run_of(tensorboard=True)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.plain import solves as plain
 from sphere import SphereError
-from sphere.null_space import Projector, null_space_projector
+from sphere.methods.null_space import Projector, null_space_projector
 
 quick = settings(max_examples=30, deadline=None)
 
@@ -62,7 +62,7 @@ def test_pieces_of_the_basis_add_up(complement, dtype, monkeypatch):
     projector = Projector(basis, complement, 13 if complement else 7)
     x = torch.randn(20, 4, generator=torch.Generator().manual_seed(2), dtype=dtype)
     whole = projector.apply(x)
-    monkeypatch.setattr("sphere.null_space.PIECE", 3)
+    monkeypatch.setattr("sphere.methods.null_space.PIECE", 3)
     assert largest(projector.apply(x) - whole) < 1e-5
     assert whole.dtype == dtype
 

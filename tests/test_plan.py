@@ -17,12 +17,12 @@ from test_architectures import tiny_hparams as shipped_hparams
 from experiments.evaluate import main
 from sphere.editor import Editor
 from sphere.errors import SphereError
-from sphere.layers import LayerStack, inference
-from sphere.memory import DEVICE, DISK, HOST, PHASES
-from sphere.meta import PROBE_ROWS, PROBE_WIDTH, Counted, _Saved, count
+from sphere.forward.layers import LayerStack, inference
 from sphere.models import load_model, meta_model
-from sphere.plan import Plan, format_plan, measure_rates, plan_run
-from sphere.run_config import RunConfig
+from sphere.runs.config import RunConfig
+from sphere.runs.memory import DEVICE, DISK, HOST, PHASES
+from sphere.runs.operation_counter import PROBE_ROWS, PROBE_WIDTH, Counted, _Saved, count
+from sphere.runs.plan import Plan, format_plan, measure_rates, plan_run
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -60,7 +60,7 @@ def counted_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sphere.plan.count", cached)
+        patch.setattr("sphere.runs.plan.count", cached)
         yield
 
 

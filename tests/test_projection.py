@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.plain import projection as plain
 from sphere import SphereError, principal_directions, project_update
-from sphere.projection import _Neurons, orthonormal_rows
+from sphere.linalg import UnitRowsGram, orthonormal_rows
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 7), (7, 1), (150, 300), (300, 150)]
 quick = settings(max_examples=40, deadline=None)
@@ -82,7 +82,7 @@ def test_float32_spectra_are_as_exact_as_the_check_supposes(rank, common):
     weight = (matrix(0, 60, 150, rank=rank) + common * mean).float()
     ratios, bound = [], 0.0
     for precision in (torch.float64, torch.float32):
-        neurons = _Neurons(weight, precision)
+        neurons = UnitRowsGram(weight, precision)
         values, bound = neurons.spectrum()[0], neurons.rounding
         ratios.append(values.cumsum(0) / values.sum())
     assert largest(ratios[1] - ratios[0]) < bound

@@ -10,10 +10,10 @@ import pytest
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics.pairwise import cosine_similarity
 
-from sphere import reference_texts
-from sphere.data import Record, load_records
+from sphere.data.records import Record, load_records
 from sphere.errors import SphereError
-from sphere.reference_texts import IDF, SNIPPETS, VOCABULARY, load_references
+from sphere.evaluation import reference_texts
+from sphere.evaluation.reference_texts import IDF, SNIPPETS, VOCABULARY, load_references
 from sphere.requests import EditRequest
 
 

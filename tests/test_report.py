@@ -17,7 +17,7 @@ from scipy import stats
 
 from scripts.report import main
 from sphere.checkpoints import read_weights, write_checkpoint
-from sphere.cli import run_cli
+from sphere.commands.common import run_cli
 from sphere.errors import SphereError
 from sphere.hypersphere import cosine_distribution, energy_change
 from sphere.report import make_report

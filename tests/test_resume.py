@@ -15,11 +15,11 @@ from tiny_run import LABEL, METHODS, TinyRun, contents
 from transformers import PreTrainedTokenizerBase
 
 import sphere.checkpoints
-import sphere.run
+import sphere.runs.run
 from sphere.checkpoints import read_resume, write_resume
 from sphere.errors import SphereError
 from sphere.methods import available_methods
-from sphere.run import RunConfig, execute
+from sphere.runs.run import RunConfig, execute
 
 N_RECORDS, KILLS = 16, 10
 
@@ -105,7 +105,7 @@ class Stopped(BaseException):
 
 def stop(config: RunConfig, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Break a run off when a batch (counted from 0) has been written into the model and is about to be logged."""
-    original = sphere.run._log_batch
+    original = sphere.runs.run._log_batch
 
     def log_batch(folder, index, report):
         if index == batch:
@@ -113,7 +113,7 @@ def stop(config: RunConfig, batch: int, monkeypatch: pytest.MonkeyPatch) -> None
         original(folder, index, report)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sphere.run, "_log_batch", log_batch)
+        patch.setattr(sphere.runs.run, "_log_batch", log_batch)
         with pytest.raises(Stopped):
             execute(config)
 
@@ -192,16 +192,16 @@ def test_resume_point_writes_only_what_is_new(tmp_path: Path) -> None:
     keys = {f"keys.{i}": torch.full((2, 3), float(i)) for i in range(4)}
     stamps = {}
     for n in range(1, 5):
-        lasting = {name: keys[name] for name in list(keys)[:n]}
-        write_resume(tmp_path, {"weight": torch.tensor([float(n)])}, lasting, {"n_edits": n})
+        append_only = {name: keys[name] for name in list(keys)[:n]}
+        write_resume(tmp_path, {"weight": torch.tensor([float(n)])}, append_only, {"n_edits": n})
         for path in tmp_path.glob("resume_*"):
             assert stamps.setdefault(path.name, path.stat().st_mtime_ns) == path.stat().st_mtime_ns
     assert sorted(stamps) == [f"resume_{n}.safetensors" for n in range(1, 5)]
-    tensors, lasting, state = read_resume(tmp_path) or pytest.fail("no resume point")
+    tensors, append_only, state = read_resume(tmp_path) or pytest.fail("no resume point")
     assert state == {"n_edits": 4}
     assert tensors["weight"] == 4
-    assert lasting.keys() == keys.keys()
-    assert all(torch.equal(lasting[name], keys[name]) for name in keys)
+    assert append_only.keys() == keys.keys()
+    assert all(torch.equal(append_only[name], keys[name]) for name in keys)
 
 
 def test_resume_point_drops_what_is_no_longer_named(tmp_path: Path) -> None:
@@ -212,13 +212,13 @@ def test_resume_point_drops_what_is_no_longer_named(tmp_path: Path) -> None:
 
 def test_resume_point_has_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sphere.checkpoints, "MOST_PARTS", 4)
-    lasting = {}
+    append_only = {}
     for n in range(1, 14):
-        lasting[f"keys.{n}"] = torch.full((2,), float(n))
-        write_resume(tmp_path, {}, lasting, {"n_edits": n})
+        append_only[f"keys.{n}"] = torch.full((2,), float(n))
+        write_resume(tmp_path, {}, append_only, {"n_edits": n})
         assert len(list(tmp_path.iterdir())) <= 5
     _, found, _ = read_resume(tmp_path) or pytest.fail("no resume point")
-    assert all(torch.equal(found[name], tensor) for name, tensor in lasting.items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in append_only.items())
 
 
 @pytest.mark.parametrize("name", ["resume.safetensors", "resume_1.safetensors"])

@@ -22,11 +22,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from sphere.data import Record
+from sphere.data.records import Record
 from sphere.errors import SphereError
-from sphere.packing import PackedScorer, Scored, one_per_row, pack
+from sphere.evaluation.scoring import compare_predictions, count_prompts, score_records
+from sphere.forward.packing import Scored, one_per_row, pack
+from sphere.forward.scorer import PackedScorer
 from sphere.requests import EditRequest
-from sphere.scoring import compare_predictions, count_prompts, score_records
 
 CORPUS = [
     "The mother tongue of Danielle Darrieux is French. Édith Piaf spoke the language French, not English.",

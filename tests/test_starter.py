@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scripts.build_starter import main
+from sphere.data.starter import StarterConfig, TargetScorer, build_starter, fill, load_facts
 from sphere.errors import SphereError
-from sphere.starter import StarterConfig, TargetScorer, build_starter, fill, load_facts
-from sphere.tokenization import encode_pair
+from sphere.values.tokenization import encode_pair
 
 ROOT = Path(__file__).parents[1]
 STARTER, FACTS = ROOT / "data" / "starter.json", ROOT / "data" / "starter_facts.json"

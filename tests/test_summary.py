@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sphere.errors import SphereError
-from sphere.summary import format_table, harmonic_mean, retention, summarise
+from sphere.evaluation.summary import format_table, harmonic_mean, retention, summarise
 
 
 def entry(success, accuracy=False, prob_diff=0.1):

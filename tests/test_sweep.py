@@ -21,11 +21,11 @@ from tiny_run import TinyRun
 
 from experiments import sweep as command
 from sphere.errors import SphereError
-from sphere.layers import LayerStack
-from sphere.run import execute
-from sphere.run_config import RunConfig
-from sphere.second_moments import SecondMoments
-from sphere.sweep import Job, collect, over_seeds, run_job
+from sphere.forward.layers import LayerStack
+from sphere.runs.config import RunConfig
+from sphere.runs.run import execute
+from sphere.runs.sweep import Job, collect, over_seeds, run_job
+from sphere.values.layer_stats import SecondMoments
 
 ROOT = Path(__file__).parents[1]
 
@@ -146,7 +146,7 @@ def test_folders_tell_jobs_apart(world):
         "beta_hse": 0.25,
         "alpha": 0.1,
     }
-    other |= {"num_edits": 3, "alg_name": "ROME", "dtype": "float64", "z_products": "bfloat16"}
+    other |= {"num_edits": 3, "alg_name": "ROME", "dtype": "float64", "z_matmul_dtype": "bfloat16"}
     folders = {Job(base).folder} | {
         Job(world.config("sweep", **{"alg_name": "FT", k: v})).folder for k, v in other.items()
     }
@@ -192,7 +192,12 @@ def test_means_over_seeds():
         metrics = {"kind": "zsre", "score": None if value is None else {"value": value}}
         metrics["efficacy_accuracy"] = {"mean": 2.0 * seed}
         rest = {"alg_name": "A", "model_name": "m", "ds_name": "d", "num_edits": 1, "alpha": 1.0}
-        rest |= {"dataset_size_limit": None, "hparams_fname": None, "dtype": "auto", "z_products": "model"}
+        rest |= {
+            "dataset_size_limit": None,
+            "hparams_fname": None,
+            "dtype": "auto",
+            "z_matmul_dtype": "model",
+        }
         return {**rest, "seed": seed, "beta_hse": beta_hse, "label": f"A seed={seed}", "metrics": metrics}
 
     (mean,) = over_seeds([row(0, 1.0), row(1, 3.0), row(0, 5.0, beta_hse=0.0)])

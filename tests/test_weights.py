@@ -10,7 +10,7 @@ from conftest import GPT2_MODULES, tiny_gpt2, tiny_hparams, tiny_llama
 from torch import nn
 
 from sphere.errors import SphereError
-from sphere.layers import LayerStack
+from sphere.forward.layers import LayerStack
 from sphere.weights import EditedWeights
 
 NAME = "model.layers.1.mlp.down_proj.weight"

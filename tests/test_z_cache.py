@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 import sphere.methods.base
 from sphere import EditRequest, HParams
 from sphere.methods import Workspace, get_method
-from sphere.run import execute
-from sphere.target_values import TargetValues, compute_target_values
-from sphere.z_cache import FIELDS
+from sphere.runs.run import execute
+from sphere.values.compute_z import TargetValues, compute_z
+from sphere.values.z_cache import FIELDS
 
 TEMPLATES = (("{}",), ("Yes. {}", "No. {}"))
 
@@ -33,9 +33,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def compute(stack: Any, tokenizer: Any, requests: Any, *args: Any, **options: Any) -> TargetValues:
         calls.append(len(requests))
-        return compute_target_values(stack, tokenizer, requests, *args, **options)
+        return compute_z(stack, tokenizer, requests, *args, **options)
 
-    monkeypatch.setattr(sphere.methods.base, "compute_target_values", compute)
+    monkeypatch.setattr(sphere.methods.base, "compute_z", compute)
     return calls
 
 
@@ -46,7 +46,7 @@ def space(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[.
     def make(model: Any = None, method: str = "AlphaEdit", **changes: Any) -> Workspace:
         options = {
             name: changes.pop(name)
-            for name in ("given_templates", "batch_tokens", "z_products")
+            for name in ("given_templates", "batch_tokens", "z_matmul_dtype")
             if name in changes
         }
         hparams = tiny_hparams(LLAMA_MODULES, get_method(method).hparams_class, **changes)
@@ -122,7 +122,7 @@ def changed_config() -> Any:
         {"given_templates": (("{}",), ("Yes. {}", "So. {}"))},
         {"given_templates": (("{}",), ("No. {}", "Yes. {}"))},
         {"batch_tokens": 300},
-        {"z_products": torch.bfloat16},
+        {"z_matmul_dtype": torch.bfloat16},
     ],
     ids=str,
 )

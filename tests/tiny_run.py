@@ -15,10 +15,10 @@ import pytest
 from conftest import LLAMA_MODULES, tiny_llama, tiny_values
 from transformers import PreTrainedTokenizerBase
 
-import sphere.cli
-from baselines.mend.networks import MendEditor
+import sphere.commands.common
+from sphere.baselines.mend.networks import MendEditor
 from sphere.methods import get_method
-from sphere.run import RunConfig
+from sphere.runs.run import RunConfig
 
 LABEL = "tiny"
 METHODS = ("AlphaEdit", "FT", "MEMIT", "MEMIT_prune", "MEMIT_rect", "MEMIT_seq", "MEND", "ROME")
@@ -144,10 +144,12 @@ def command(
 ) -> tuple[int, str, str]:
     """What a command line does, in this process: its exit status, stdout and stderr."""
     monkeypatch.setattr(sys, "argv", ["command", *argv])
-    monkeypatch.setattr(sphere.cli, "set_up_logging", lambda: None)  # it would take pytest's handlers away
+    monkeypatch.setattr(
+        sphere.commands.common, "set_up_logging", lambda: None
+    )  # it would take pytest's handlers away
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        sphere.cli.run_cli(main)
+        sphere.commands.common.run_cli(main)
     assert isinstance(stopped.value.code, int)
     return stopped.value.code, *capsys.readouterr()
 

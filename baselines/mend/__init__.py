@@ -10,6 +10,6 @@ The published code differentiates through edited models with `higher`, which no 
 `torch.func` does it better: `vjp` gives the factors, `functional_call` the edited model, both without patching modules.
 """
 
-from baselines.mend.method import MEND, MendHParams
+from .method import MEND, MendHParams
 
 __all__ = ["MEND", "MendHParams"]

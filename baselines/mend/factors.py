@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
-from sphere.layers import LayerStack, inference
+from sphere.forward.layers import LayerStack, inference
 from sphere.methods.ft import TeacherForcing
 
 

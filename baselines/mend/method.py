@@ -9,14 +9,15 @@ from pathlib import Path
 
 import torch
 
-from baselines.mend.factors import rank_one_factors
-from baselines.mend.networks import MendEditor, Shape
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams, require
-from sphere.memory import DEVICE, FLOAT32, Item, Sizes
 from sphere.methods.base import Method, Update, Workspace
 from sphere.methods.ft import TeacherForcing
 from sphere.requests import EditRequest
+from sphere.runs.memory import DEVICE, FLOAT32, Item, Sizes
+
+from .factors import rank_one_factors
+from .networks import MendEditor, Shape
 
 log = logging.getLogger(__name__)
 
@@ -124,4 +125,4 @@ def load_editor(path: Path, workspace: Workspace, hparams: MendHParams) -> MendE
 
 
 def _show(shapes: dict[int, Shape]) -> str:
-    return ", ".join(f"{layer}: {out} x {inside}" for layer, (out, inside) in shapes.items())
+    return ", ".join(f"{layer}: {out} x {in_features}" for layer, (out, in_features) in shapes.items())

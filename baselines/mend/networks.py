@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from baselines.mend.factors import Factors
 from sphere.errors import SphereError
 from sphere.files import atomic_path, write_json
+
+from .factors import Factors
 
 Shape = tuple[int, int]  # (out, in) of a weight
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sphere.cli import make_parser, run_cli
+from sphere.commands.common import make_parser, run_cli
 from sphere.errors import SphereError
 
 
@@ -42,12 +42,13 @@ def configuration(overrides: list[str]) -> dict[str, Any]:
 
 def train(config: dict[str, Any]) -> Path:
     """Load the model and the records, train, save; returns the editor's file."""
-    from baselines.mend.method import MendHParams, editor_path
-    from baselines.mend.training import TrainingSettings, train_editor
-    from sphere.data import load_records
+    from sphere.data.records import load_records
     from sphere.hparams import load_hparams
     from sphere.methods.base import Workspace
     from sphere.models import load_model, model_label
+
+    from .method import MendHParams, editor_path
+    from .training import TrainingSettings, train_editor
 
     label = model_label(config["model_name"])
     file = config["hparams_fname"] or f"{label}.json"

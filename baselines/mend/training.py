@@ -20,14 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from baselines.mend.factors import rank_one_factors
-from baselines.mend.method import MendHParams, edited_shapes
-from baselines.mend.networks import MendEditor
-from sphere.data import Record
+from sphere.data.records import Record
 from sphere.errors import SphereError
-from sphere.layers import inference
+from sphere.forward.layers import inference
 from sphere.methods.base import Workspace
 from sphere.methods.ft import TeacherForcing
+
+from .factors import rank_one_factors
+from .method import MendHParams, edited_shapes
+from .networks import MendEditor
 
 log = logging.getLogger(__name__)
 

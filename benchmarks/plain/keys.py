@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sphere.keys import truncated_row
 from sphere.requests import EditRequest
+from sphere.values.compute_ks import truncated_row
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from sphere.packing import Scored, TokenScores
-from sphere.scoring import RecordScorer
+from sphere.evaluation.scoring import RecordScorer
+from sphere.forward.packing import Scored, TokenScores
 
 
 class PlainScorer:

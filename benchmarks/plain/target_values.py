@@ -1,8 +1,8 @@
 """Target values z the plain way: one request at a time, the whole model at every step, logits at all positions.
 
-The same mathematics as `sphere.target_values` (ROME, eq. 4; MEMIT, eq. 14), laid out as in the published code of MEMIT
-and AlphaEdit: the prompts of a request, right-padded, go through the full model with a hook that adds delta at the
-lookup positions; the KL term reads the model's own logits, the target's likelihood those of `v_loss_layer`'s output.
+The same mathematics as `sphere.values.compute_z` (ROME, eq. 4; MEMIT, eq. 14), laid out as in the published code of
+MEMIT and AlphaEdit: the prompts of a request, right-padded, go through the full model with a hook that adds delta at
+the lookup positions; the KL reads the model's own logits, the target's likelihood those of `v_loss_layer`'s output.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
-from sphere.target_values import ESSENCE, LOSS_TOLERANCE, TargetValues
-from sphere.templates import BARE, fill, padding_id
-from sphere.tokenization import encode, encode_pair, subject_token
+from sphere.values.compute_z import ESSENCE, LOSS_TOLERANCE, TargetValues
+from sphere.values.context_templates import BARE, fill, padding_id
+from sphere.values.tokenization import encode, encode_pair, subject_token
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sphere.tokenization import encode
+from sphere.values.tokenization import encode
 
 BATCH_TOKENS = 8192  # prompt tokens per batch, padding included
 

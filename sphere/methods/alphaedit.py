@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sphere.errors import SphereError
+from sphere.forward.device_memory import has_room
 from sphere.hparams import HParams
-from sphere.memory import FLOAT32, Item, Sizes, has_room, key_cache, second_moments
 from sphere.methods.base import Method, Update, Workspace, spread_residual
-from sphere.null_space import Projector, null_space_projector
+from sphere.methods.null_space import Projector, null_space_projector
+from sphere.methods.sequential_solve import SequentialSolve, keep_keys, load_keys, save_keys
 from sphere.requests import EditRequest
-from sphere.solvers import SequentialSolve, keep_keys, load_keys, save_keys
+from sphere.runs.memory import FLOAT32, Item, Sizes, key_cache, second_moments
 
 log = logging.getLogger(__name__)
 
@@ -63,16 +64,16 @@ class AlphaEdit(Method):
         basis = Item(
             "null-space projectors' thinner factors",
             "sum of 4 in^2 / 2 at most",
-            FLOAT32 * sizes.squares // 2,
-            sizes.spared,
+            FLOAT32 * sizes.sum_squared_in // 2,
+            sizes.offload_device,
             since="preparation",
             until="writing",
         )
         decomposition = Item(
             "one of them in the making",
             f"{DECOMPOSITION} x 4 in^2 at most",
-            int(DECOMPOSITION * FLOAT32 * sizes.widest**2),
-            sizes.spared,
+            int(DECOMPOSITION * FLOAT32 * sizes.largest_in**2),
+            sizes.offload_device,
             since="preparation",
             until="preparation",
         )
@@ -82,8 +83,8 @@ class AlphaEdit(Method):
     def solve_operations(cls, hparams: AlphaEditHParams, sizes: Sizes) -> float:
         n, earlier = sizes.num_edits, sizes.n_edits / 2
         return sum(
-            inside * n * (4 * inside / 2 + 4 * min(earlier, inside) + 4 * n + 2 * out)
-            for out, inside in sizes.edited
+            in_features * n * (4 * in_features / 2 + 4 * min(earlier, in_features) + 4 * n + 2 * out)
+            for out, in_features in sizes.edited
         )
 
     def prepare(self) -> None:
@@ -104,12 +105,12 @@ class AlphaEdit(Method):
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
         targets = self.workspace.target_values(requests).z.T  # out x n
-        walk = self.workspace.walk(requests)
+        activations = self.workspace.activations(requests)
         layers = self.hparams.layers
         for index, layer in enumerate(layers):
-            keys = walk.keys(layer)  # K: in x n
+            keys = activations.compute_ks(layer)  # K: in x n
             residual = spread_residual(
-                targets.to(keys.device), walk.outputs(max(layers)), len(layers) - index
+                targets.to(keys.device), activations.outputs(max(layers)), len(layers) - index
             )
             there = keys.to(self.workspace.solve_devices[layer])
             x = self.solves[layer].solve(there).to(keys.device)  # in x n

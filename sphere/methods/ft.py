@@ -18,14 +18,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
+from sphere.forward.layers import LayerStack, inference
+from sphere.forward.padding import pad_right
 from sphere.hparams import ModuleHParams, require
-from sphere.layers import LayerStack, inference
-from sphere.memory import DEVICE, Item, Sizes
 from sphere.methods.base import Method, Update, Workspace
-from sphere.padding import pad_right
 from sphere.requests import EditRequest
-from sphere.templates import padding_id
-from sphere.tokenization import encode_pair
+from sphere.runs.memory import DEVICE, Item, Sizes
+from sphere.values.context_templates import padding_id
+from sphere.values.tokenization import encode_pair
 
 log = logging.getLogger(__name__)
 

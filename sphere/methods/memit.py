@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from sphere.hparams import HParams
-from sphere.keys import KeyWalk
-from sphere.memory import FLOAT64, Item, Sizes, key_cache, moment_factors, second_moments
 from sphere.methods.base import Method, Update, Workspace, spread_residual
+from sphere.methods.sequential_solve import SequentialSolve, inverse_moment, keep_keys, load_keys, save_keys
 from sphere.requests import EditRequest
-from sphere.solvers import SequentialSolve, inverse_moment, keep_keys, load_keys, save_keys
+from sphere.runs.memory import FLOAT64, Item, Sizes, key_cache, moment_factors, second_moments
+from sphere.values.compute_ks import ActivationsPass
 
 
 class MEMIT(Method):
@@ -36,7 +36,7 @@ class MEMIT(Method):
             "all layers' updates, and the weights before",
             "(8 + 4) E",
             (FLOAT64 + sizes.exact_bytes) * sizes.entries,
-            sizes.spared,
+            sizes.offload_device,
             since="solve",
             until="writing",
         )
@@ -45,7 +45,7 @@ class MEMIT(Method):
     @classmethod
     def solve_operations(cls, hparams: HParams, sizes: Sizes) -> float:
         n = sizes.num_edits
-        return sum(inside * n * (2 * inside + 4 * n + 2 * out) for out, inside in sizes.edited)
+        return sum(in_features * n * (2 * in_features + 4 * n + 2 * out) for out, in_features in sizes.edited)
 
     def prepare(self) -> None:
         for layer in self.hparams.layers:
@@ -57,20 +57,20 @@ class MEMIT(Method):
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
         targets = self.workspace.target_values(requests).z.T  # out x n
-        walk = self.workspace.walk(requests)
-        yield from self.solve_layers(walk, targets)
-        self.remember(walk)
+        activations = self.workspace.activations(requests)
+        yield from self.solve_layers(activations, targets)
+        self.remember(activations)
 
-    def remember(self, walk: KeyWalk) -> None:
+    def remember(self, activations: ActivationsPass) -> None:
         """What later batches shall know of this one, which has been written: nothing."""
 
-    def solve_layers(self, walk: KeyWalk, targets: Tensor) -> list[Update]:
+    def solve_layers(self, activations: ActivationsPass, targets: Tensor) -> list[Update]:
         """Delta (out x in) of every layer towards Z (out x n), found on a temporarily edited model."""
         layers, found = self.hparams.layers, []
         with self.workspace.weights.temporarily("cpu" if self.workspace.conserve_memory else None):
             for index, layer in enumerate(layers):
-                keys = walk.keys(layer)  # K: in x n
-                outputs = walk.outputs(max(layers))  # out x n
+                keys = activations.compute_ks(layer)  # K: in x n
+                outputs = activations.outputs(max(layers))  # out x n
                 residual = spread_residual(targets.to(keys.device), outputs, len(layers) - index)
                 there = keys.to(self.workspace.solve_devices[layer])
                 x = self.solves[layer].solve(there).to(keys.device)  # in x n
@@ -102,10 +102,10 @@ class MEMITSeq(MEMIT):
         cached = sum(4 * i * min(earlier, i) * sizes.num_edits for _, i in sizes.edited)
         return super().solve_operations(hparams, sizes) + cached
 
-    def remember(self, walk: KeyWalk) -> None:
-        walk.restart()
+    def remember(self, activations: ActivationsPass) -> None:
+        activations.restart()
         for layer in self.hparams.layers:
-            self.solves[layer].append(walk.keys(layer).to(self.workspace.solve_devices[layer]))
+            self.solves[layer].append(activations.compute_ks(layer).to(self.workspace.solve_devices[layer]))
 
     def state(self) -> dict[str, Tensor]:
         return save_keys(self.solves)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from sphere.errors import SphereError
 from sphere.hparams import HParams
-from sphere.memory import DEVICE, FLOAT32, Item, Sizes
 from sphere.methods.memit import MEMIT
 from sphere.rules import CondenseSpectrum, RuleSet, sphere_rules
+from sphere.runs.memory import DEVICE, FLOAT32, Item, Sizes
 
 CONTINUE = ("unconditioned", "conditioned")
 

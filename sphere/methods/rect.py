@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sphere.hparams import HParams
-from sphere.memory import DEVICE, Item, Sizes
 from sphere.methods.memit import MEMIT
 from sphere.rules import LargestRelative, RuleSet, sphere_rules
+from sphere.runs.memory import DEVICE, Item, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
+from sphere.forward.layers import LayerStack, inference
 from sphere.hparams import HParams
-from sphere.keys import KeyWalk
-from sphere.layers import LayerStack, inference
-from sphere.memory import Item, Sizes, moment_factors, second_moments
 from sphere.methods.base import Method, Update, Workspace
+from sphere.methods.sequential_solve import inverse_moment
 from sphere.requests import EditRequest
-from sphere.solvers import inverse_moment
-from sphere.templates import BARE
-from sphere.tokenization import encode
+from sphere.runs.memory import Item, Sizes, moment_factors, second_moments
+from sphere.values.compute_ks import ActivationsPass
+from sphere.values.context_templates import BARE
+from sphere.values.tokenization import encode
 
 log = logging.getLogger(__name__)
 
@@ -94,11 +94,11 @@ class ROME(Method):
         assert self.spread is not None
         space = self.workspace
         contexts = tuple(template for group in space.templates for template in group)
-        walk = KeyWalk(space.stack, space.tokenizer, [request], [contexts], space.pass_tokens)
-        k_mean = walk.keys(self.layer)  # in x 1
-        h0 = walk.outputs(self.layer)  # d x 1
-        bare = KeyWalk(space.stack, space.tokenizer, [request], [(BARE,)], space.pass_tokens)
-        k = bare.keys(self.layer)[:, 0].double()  # in
+        activations = ActivationsPass(space.stack, space.tokenizer, [request], [contexts], space.pass_tokens)
+        k_mean = activations.compute_ks(self.layer)  # in x 1
+        h0 = activations.outputs(self.layer)  # d x 1
+        bare = ActivationsPass(space.stack, space.tokenizer, [request], [(BARE,)], space.pass_tokens)
+        k = bare.compute_ks(self.layer)[:, 0].double()  # in
         delta = self._optimise(request, module_output(space.stack.rewrite[self.layer], k), h0[:, 0])
         u = self.spread(k_mean)[:, 0].double()  # in
         u = u / u.norm()

@@ -20,11 +20,11 @@ from sphere.checkpoints import Checkpoint, list_checkpoints, read_config, read_w
 from sphere.downstream.runner import FOLDER as DOWNSTREAM_FOLDER
 from sphere.downstream.runner import SUMMARY as DOWNSTREAM_SUMMARY
 from sphere.errors import SphereError
-from sphere.evaluation import FOLDER as SUMMARY_FOLDER
-from sphere.evaluation import SUMMARY_NAME
+from sphere.evaluation.evaluate_run import FOLDER as SUMMARY_FOLDER
+from sphere.evaluation.evaluate_run import SUMMARY_NAME
 from sphere.files import read_json
 from sphere.hypersphere import cosine_distribution, hyperspherical_energy
-from sphere.run import LOG_NAME
+from sphere.runs.run import LOG_NAME
 
 BINS = 4000  # of a cosine histogram over [-1, 1]
 PUBLISHED_FOLDER = re.compile(r"(?P<ds>.+)_weight_data_batch_(?P<n>\d+)_(?P<beta>[\d.]+)_(?P<alpha>[\d.]+)")

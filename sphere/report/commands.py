@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sphere.report.collect import RunData
 from sphere.report.figures import share_rows
-from sphere.run_config import RunConfig, command_of
+from sphere.runs.config import RunConfig, command_of
 
 MODEL_FLAGS = ("model_name", "device", "dtype", "device_map")
 DEFAULTS = RunConfig()

@@ -16,9 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from sphere.evaluation.summary import THIRDS
 from sphere.report.collect import Histogram, RunData
 from sphere.report.style import GREY, WIDTH, Style, grid, label_axes, legend, styles
-from sphere.summary import THIRDS
 
 EDITS = "Number of edits"
 OUTERMOST = 1e-4  # share of the pairs of neurons that a histogram leaves out, as a few outliers would squeeze the rest

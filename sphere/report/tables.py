@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sphere.evaluation.summary import THIRDS, cell, table_lines
 from sphere.report.collect import RunData
 from sphere.report.figures import TASK_NAMES, score_points, share_rows, task_rows
-from sphere.summary import THIRDS, cell, table_lines
 
 FEW = 10  # points below which the p-value comes from permutations
 FEWEST = 3  # points below which a rank correlation says nothing

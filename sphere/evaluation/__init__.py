@@ -1,0 +1,1 @@
+"""Scores of an edited model: teacher-forced and generated."""

@@ -1,0 +1,265 @@
+"""From per-case scores to the numbers of a table: mean, spread, interval, harmonic mean, retention over time.
+
+A case counts once: its prompts are averaged first, then the cases (as ROME and MEMIT do). Success, accuracy and
+scores are in percent, probability differences in percentage points.
+
+Knows the dicts that `sphere.evaluation.scoring` makes. Knows nothing of models, records or files.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sphere.errors import SphereError
+
+Case = Mapping[str, Any]
+Metric = Callable[[Case], float | None]
+Row = dict[str, Any]
+
+RESAMPLES = 2000
+LEVEL = 95.0  # percent
+THIRDS = ("first", "middle", "last")
+
+
+def _mean_over_prompts(section: str, key: str) -> Metric:
+    """A case's mean over the prompts of one section, in percent; None where there is none."""
+
+    def metric(case: Case) -> float | None:
+        values = [100.0 * entry[key] for entry in case[section] if entry[key] is not None]
+        return statistics.fmean(values) if values else None
+
+    return metric
+
+
+def _generation(key: str) -> Metric:
+    def metric(case: Case) -> float | None:
+        return case.get("generation", {}).get(key)
+
+    return metric
+
+
+GENERATION: dict[str, Metric] = {
+    "fluency": _generation("ngram_entropy"),  # bits
+    "consistency": _generation("reference_score"),  # tf-idf cosine, in percent
+    "essence_perplexity": _generation("essence_perplexity"),
+}
+METRICS: dict[str, dict[str, Metric]] = {
+    "counterfact": {
+        f"{name}_{key}": _mean_over_prompts(section, key)
+        for key in ("success", "accuracy", "prob_diff")
+        for name, section in (
+            ("efficacy", "rewrite"),
+            ("paraphrase", "paraphrase"),
+            ("neighborhood", "neighborhood"),
+        )
+    }
+    | GENERATION,
+    "zsre": {
+        "efficacy_accuracy": _mean_over_prompts("rewrite", "accuracy"),
+        "paraphrase_accuracy": _mean_over_prompts("paraphrase", "accuracy"),
+        "neighborhood_accuracy_given_answer": _mean_over_prompts("neighborhood", "accuracy_given_answer"),
+        "neighborhood_accuracy_unedited_prediction": _mean_over_prompts(
+            "neighborhood", "accuracy_unedited_prediction"
+        ),
+    },
+}
+# Each score is the harmonic mean of efficacy, generalisation and specificity.
+SCORES: dict[str, dict[str, tuple[str, str, str]]] = {
+    "counterfact": {
+        "score": ("efficacy_success", "paraphrase_success", "neighborhood_success"),
+        "score_accuracy": ("efficacy_accuracy", "paraphrase_accuracy", "neighborhood_accuracy"),
+    },
+    "zsre": {
+        "score": ("efficacy_accuracy", "paraphrase_accuracy", "neighborhood_accuracy_given_answer"),
+        "score_unedited_prediction": (
+            "efficacy_accuracy",
+            "paraphrase_accuracy",
+            "neighborhood_accuracy_unedited_prediction",
+        ),
+    },
+}
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """n / (sum of 1 / x); 0 if any x is 0."""
+    return len(values) / sum(1 / x for x in values) if all(x > 0 for x in values) else 0.0
+
+
+def summarise(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
+    """Summary of the cases of one checkpoint.
+
+    Returns:
+        n_cases, kind; for each metric of METRICS that any case has: {"mean", "std" (population), "n" (cases that have
+        it), "low", "high" (percentile bootstrap over cases, 95 %, seeded)}; for each score of SCORES {"value", "low",
+        "high", "of" (the metrics)}, None where one of its metrics is missing.
+
+    Raises:
+        SphereError: no cases, or of several kinds.
+    """
+    kinds = {case["kind"] for case in cases}
+    if len(kinds) != 1:
+        raise SphereError(
+            f"Cannot summarise {len(cases)} cases of kinds {sorted(kinds)}: give one kind at a time."
+        )
+    kind = kinds.pop()
+    values = {name: [metric(case) for case in cases] for name, metric in METRICS[kind].items()}
+    names = [name for name, column in values.items() if any(value is not None for value in column)]
+    table = np.array([values[name] for name in names], dtype=float)  # (M, n): None becomes NaN
+    resampled = dict(zip(names, _bootstrap_means(table, seed), strict=True))  # name -> (B,)
+    result: dict[str, Any] = {"kind": kind, "n_cases": len(cases)}
+    for name, column in zip(names, table, strict=True):
+        column = column[~np.isnan(column)]
+        low, high = _interval(resampled[name])
+        result[name] = {
+            "mean": float(column.mean()),
+            "std": float(column.std()),
+            "n": len(column),
+            "low": low,
+            "high": high,
+        }
+    for name, parts in SCORES[kind].items():
+        result[name] = _score(result, resampled, parts) if all(part in names for part in parts) else None
+    return result
+
+
+def _score(
+    result: Mapping[str, Any], resampled: Mapping[str, np.ndarray], parts: Sequence[str]
+) -> dict[str, Any]:
+    """The harmonic mean of three means, with the interval of its own bootstrap distribution."""
+    drawn = np.stack([resampled[part] for part in parts])  # (3, B)
+    with np.errstate(divide="ignore"):
+        low, high = _interval(len(parts) / (1 / drawn).sum(axis=0))  # 1/0 is inf: the mean is 0
+    value = harmonic_mean([result[part]["mean"] for part in parts])
+    return {"value": value, "low": low, "high": high, "of": list(parts)}
+
+
+def _bootstrap_means(table: np.ndarray, seed: int) -> np.ndarray:
+    """Means of cases drawn with replacement, all metrics of a draw over the same cases; NaNs are left out.
+
+    Args:
+        table: (M, n) metrics of cases.
+
+    Returns:
+        (M, RESAMPLES)
+    """
+    rng = np.random.default_rng(seed)
+    n = table.shape[1]
+    present = ~np.isnan(table)
+    filled = np.where(present, table, 0.0)
+    draws = []
+    for size in _chunks(RESAMPLES, max(1, 10_000_000 // n)):
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)  # (b, n)
+        with np.errstate(invalid="ignore"):
+            draws.append((filled @ counts.T) / (present.astype(float) @ counts.T))  # (M, b)
+    return np.concatenate(draws, axis=1)
+
+
+def _chunks(total: int, size: int) -> Iterator[int]:
+    for start in range(0, total, size):
+        yield min(size, total - start)
+
+
+def _interval(draws: np.ndarray) -> tuple[float, float]:
+    tail = (100 - LEVEL) / 2
+    low, high = np.nanpercentile(draws, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def retention(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
+    """Summaries by when a fact was edited: the first, middle and last third of the cases in the order of editing."""
+    thirds = np.array_split(np.arange(len(cases)), 3)
+    return {
+        name: summarise([cases[i] for i in third], seed)
+        for name, third in zip(THIRDS, thirds, strict=True)
+        if len(third)
+    }
+
+
+# ---- the table ----
+
+COLUMNS: dict[str, dict[str, str]] = {
+    "counterfact": {
+        "efficacy": "efficacy_success",
+        "paraphrase": "paraphrase_success",
+        "neighborhood": "neighborhood_success",
+        "score": "score",
+        "eff. acc.": "efficacy_accuracy",
+        "par. acc.": "paraphrase_accuracy",
+        "nei. acc.": "neighborhood_accuracy",
+        "fluency": "fluency",
+        "consistency": "consistency",
+        "perplexity": "essence_perplexity",
+    },
+    "zsre": {
+        "efficacy": "efficacy_accuracy",
+        "paraphrase": "paraphrase_accuracy",
+        "neighbor (answer)": "neighborhood_accuracy_given_answer",
+        "neighbor (unedited)": "neighborhood_accuracy_unedited_prediction",
+        "score": "score",
+    },
+}
+WITH_INTERVAL = ("efficacy", "paraphrase", "neighborhood", "score")
+DECIMALS = {"fluency": 2}  # bits; the others need one
+
+
+def format_table(rows: Mapping[str, Any] | Sequence[Row], markdown: bool = False) -> str:
+    """A table of checkpoints for the terminal, or as Markdown; see `table_lines`."""
+    return format_lines(table_lines(rows), markdown)
+
+
+def table_lines(rows: Mapping[str, Any] | Sequence[Row]) -> list[list[str]]:
+    """A table of checkpoints as cells, the first line its head.
+
+    Args:
+        rows: a summary as `evaluate_run` returns it, or rows such as those of its "checkpoints":
+            {"label", "n_edits", "metrics": what `summarise` returns}, and optionally "extra": {title: text} of further
+            columns.
+    """
+    rows = list(rows["checkpoints"] if isinstance(rows, Mapping) else rows)
+    extra = list(dict.fromkeys(title for row in rows for title in row.get("extra", {})))
+    kind = rows[0]["metrics"]["kind"]
+    columns = {
+        title: name for title, name in COLUMNS[kind].items() if any(row["metrics"].get(name) for row in rows)
+    }
+    lines = [["weights", "edits", "cases", *columns, *extra]]
+    for row in rows:
+        cells = [
+            cell(row["metrics"].get(name), title in WITH_INTERVAL, DECIMALS.get(title, 1))
+            for title, name in columns.items()
+        ] + [row.get("extra", {}).get(title, "-") for title in extra]
+        lines.append([row["label"], str(row["n_edits"]), str(row["metrics"]["n_cases"]), *cells])
+    return lines
+
+
+def format_lines(lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
+    """A table of cells, the first line its head, for the terminal or as Markdown."""
+    return _markdown(lines) if markdown else _aligned(lines)
+
+
+def cell(entry: Mapping[str, Any] | None, interval: bool = True, decimals: int = 1) -> str:
+    """A metric or score of `summarise` as text, with or without its interval; "-" for None."""
+    if not entry:
+        return "-"
+    value = entry["value"] if "value" in entry else entry["mean"]
+    text = f"{value:.{decimals}f}"
+    return f"{text} [{entry['low']:.{decimals}f}, {entry['high']:.{decimals}f}]" if interval else text
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = [
+        "  ".join(
+            [line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    ]
+    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])

@@ -1,0 +1,1 @@
+"""Running parts of a model on the positions that matter. Knows models and tensors; knows nothing of editing."""

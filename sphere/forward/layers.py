@@ -1,0 +1,350 @@
+"""Running parts of a model: only the layers that matter, on only the positions that matter.
+
+A model is reached by the module templates of its hyperparameters alone. One pass through the model records how each
+decoder layer is called (masks, rotary embeddings, caches); later the wanted layers are called again in the same way on
+other hidden states. Works for any decoder whose layers return a tensor or a tuple that starts with one. Knows nothing
+of editing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sphere.errors import SphereError
+from sphere.forward.packing import Scored
+from sphere.forward.padding import PASS_OVERHEAD
+from sphere.forward.prefix_cache import FrozenPrefixCache
+from sphere.forward.scorer import PackedScorer
+from sphere.hparams import ModuleHParams
+
+
+class _Stop(Exception):
+    """Leaves a forward pass as soon as all that was wanted from it is at hand."""
+
+
+@contextmanager
+def only_at(module: nn.Module | None, row: Tensor, position: Tensor) -> Iterator[None]:
+    """Within the block `module` computes (batch x positions x d) inputs at (row, position) only; elsewhere it gives 0.
+
+    For a module that treats positions alike and whose output matters only there, such as the top layer's MLP. Modules
+    that are called in any other way run as they are.
+
+    Args:
+        row, position: (n,) each.
+    """
+    if module is None:
+        yield
+        return
+
+    def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        shapes.append(args[0].shape if args and isinstance(args[0], Tensor) and args[0].ndim == 3 else None)
+        if shapes[-1] is None:
+            return None
+        return (args[0][row.to(args[0].device), position.to(args[0].device)][None], *args[1:])
+
+    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
+        shape, found = shapes.pop(), hidden_of(output)
+        if shape is None:
+            return None
+        whole = found.new_zeros(*shape[:2], found.shape[-1])
+        whole = whole.index_put((row.to(found.device), position.to(found.device)), found[0])
+        return whole if isinstance(output, Tensor) else type(output)([whole, *output[1:]])
+
+    shapes: list[torch.Size | None] = []
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden state in a decoder layer's output, be it a tensor or a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+@dataclass
+class RecordedCalls:
+    """What a pass left behind: hidden states entering layer `first` and how each later layer was called.
+
+    Attributes:
+        hidden: (batch x positions x d), entering layer `first`.
+        calls: layer -> (positional arguments after the hidden state, keyword arguments).
+    """
+
+    hidden: Tensor
+    first: int
+    calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def select(self, rows: Tensor) -> RecordedCalls:
+        """The same recording for some rows of the batch.
+
+        Args:
+            rows: (n,) indices into the batch.
+        """
+        batch = self.hidden.shape[0]
+        seen: dict[int, Any] = {}  # layers share masks: cut each once
+
+        def cut(value: Any) -> Any:
+            if id(value) in seen:
+                return seen[id(value)]
+            result = value
+            if isinstance(value, Tensor):
+                if value.ndim >= 2 and value.shape[0] == batch:
+                    result = value[rows.to(value.device)]
+            elif isinstance(value, tuple | list):
+                result = type(value)(cut(v) for v in value)
+            elif isinstance(value, dict):
+                result = {k: cut(v) for k, v in value.items()}
+            seen[id(value)] = result
+            return result
+
+        calls = {layer: (cut(args), cut(kwargs)) for layer, (args, kwargs) in self.calls.items()}
+        return RecordedCalls(self.hidden[rows.to(self.hidden.device)], self.first, calls)
+
+
+class LayerStack:
+    """A model's decoder layers, reached by templates.
+
+    Raises:
+        SphereError: a module that does not exist, or a layer out of range; the message names the key to mend.
+    """
+
+    def __init__(self, model: nn.Module, hparams: ModuleHParams) -> None:
+        self.model: Any = model
+        self.hparams = hparams
+        self.layers = self._find_layers()
+        self.n_layers = len(self.layers)
+        last = self.n_layers - 1
+        wanted = [("layers", layer) for layer in hparams.layers]
+        if hasattr(hparams, "v_loss_layer"):
+            wanted.append(("v_loss_layer", hparams.v_loss_layer))
+        for key, layer in wanted:
+            if not 0 <= layer <= last:
+                raise SphereError(
+                    f"{key} names layer {layer}, but {type(model).__name__} has layers 0 to {last} at "
+                    f"'{hparams.layer_module_tmp}': correct {key} in the hyperparameter file."
+                )
+        self.ln_f = self._module("ln_f_module", hparams.ln_f_module)
+        self.lm_head = self._module("lm_head_module", hparams.lm_head_module)
+        own_head = getattr(model, "get_output_embeddings", lambda: None)()
+        if own_head is not None and own_head is not self.lm_head:
+            raise SphereError(
+                f"'{hparams.lm_head_module}' is not the head of {type(model).__name__}: correct lm_head_module in the "
+                "hyperparameter file."
+            )
+        self.rewrite = {
+            layer: self._module("rewrite_module_tmp", hparams.rewrite_module_tmp.format(layer))
+            for layer in hparams.layers
+        }
+        self._trees: bool | None = None
+
+    def takes_trees(self, ids: Sequence[int]) -> bool:
+        """Whether the model heeds the masks of prefix trees (`sphere.forward.packing`); probed with these ids, once."""
+        if self._trees is None:
+            with torch.no_grad():
+                self._trees = PackedScorer(self.model).takes_trees([Scored(tuple(ids), 1)])
+        return self._trees
+
+    def weight_name(self, layer: int) -> str:
+        """Name of the edited parameter of a layer."""
+        return self.hparams.rewrite_module_tmp.format(layer) + ".weight"
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def pass_overhead(self) -> int:
+        """What a forward pass costs beside its tokens, as a number of tokens: see `packs`."""
+        return PASS_OVERHEAD.get(self.device.type, PASS_OVERHEAD["cuda"])
+
+    @property
+    def devices(self) -> dict[int, torch.device]:
+        """Edited layer -> where its edited module computes."""
+        return {layer: next(module.parameters()).device for layer, module in self.rewrite.items()}
+
+    def record(self, inputs: dict[str, Any], first: int, last: int) -> RecordedCalls:
+        """Run the model up to layer `last`, keeping what enters layer `first` and the calls of layers first..last.
+
+        `first` may be one above `last`: then the output of layer `last` is kept and there are no calls. Nothing above
+        `last` is computed.
+
+        Args:
+            inputs: keyword arguments of the model (input_ids, attention_mask, position_ids, past_key_values, ...).
+        """
+        calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        entering: list[Tensor] = []
+
+        def before(layer: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if args:
+                    hidden, args = args[0], args[1:]
+                else:
+                    hidden = kwargs["hidden_states"]
+                    kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+                if layer == first:
+                    entering.append(hidden)
+                calls[layer] = (args, kwargs)
+                if layer == last:
+                    raise _Stop
+
+            return hook
+
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            entering.append(hidden_of(output))
+            raise _Stop
+
+        with ExitStack() as hooks:
+            for layer in range(first, min(last + 1, self.n_layers)):
+                handle = self.layers[layer].register_forward_pre_hook(before(layer), with_kwargs=True)
+                hooks.callback(handle.remove)
+            if first > last:
+                hooks.callback(self.layers[last].register_forward_hook(after).remove)
+            self._forward(inputs)
+        return RecordedCalls(entering[0], first, calls)
+
+    def fill_cache(self, inputs: dict[str, Any]) -> FrozenPrefixCache:
+        """Attention keys and values of all layers for these inputs, frozen; no logits are computed.
+
+        Earlier positions may be given as `past_key_values`; they are part of what is returned.
+        """
+        cache = inputs.get("past_key_values")
+        cache = FrozenPrefixCache() if cache is None else cache
+        cache.frozen = False
+
+        def after(_module: nn.Module, _args: Any, _output: Any) -> None:
+            raise _Stop
+
+        handle = self.layers[-1].register_forward_hook(after)
+        try:
+            self._forward({**inputs, "past_key_values": cache, "use_cache": True})
+        finally:
+            handle.remove()
+        return cache.freeze()
+
+    def run(self, recording: RecordedCalls, hidden: Tensor, first: int, last: int) -> Tensor:
+        """Layers first..last (inclusive) on `hidden`, called as recorded.
+
+        Args:
+            hidden: (batch x positions x d) entering layer `first`.
+
+        Returns:
+            (batch x positions x d) leaving layer `last`.
+        """
+        for layer in range(first, last + 1):
+            args, kwargs = recording.calls[layer]
+            hidden = hidden_of(self.layers[layer](hidden, *args, **kwargs))
+        return hidden
+
+    def run_at(
+        self, recording: RecordedCalls, hidden: Tensor, first: int, last: int, row: Tensor, position: Tensor
+    ) -> Tensor:
+        """As `run`, but only what leaves layer `last` at (row, position): (n x d).
+
+        Args:
+            row, position: (n,) each, no pair twice.
+        """
+        if last >= first:
+            hidden = self.run(recording, hidden, first, last - 1)
+            with only_at(self._mlp(last), row, position):
+                hidden = self.run(recording, hidden, last, last)
+        return hidden[row.to(hidden.device), position.to(hidden.device)]
+
+    def module_input(self, recording: RecordedCalls, hidden: Tensor, layer: int) -> Tensor:
+        """The input of the edited module of `layer`, for hidden states entering that layer.
+
+        Returns:
+            (batch x positions x in)
+        """
+        captured: list[Tensor] = []
+
+        def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            captured.append(args[0])
+            raise _Stop
+
+        handle = self.rewrite[layer].register_forward_pre_hook(before)
+        try:
+            self.run(recording, hidden, layer, layer)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return captured[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head on (... x d) hidden states, in float32: (... x vocabulary)."""
+        return self.lm_head(self.ln_f(hidden)).float()
+
+    def module_inputs(self, inputs: dict[str, Any]) -> dict[int, Tensor]:
+        """One pass that stops at the highest edited layer: layer -> input of its edited module (batch x pos x in)."""
+        captured: dict[int, Tensor] = {}
+        highest = max(self.rewrite)
+
+        def before(layer: int) -> Callable[..., None]:
+            def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+                captured[layer] = args[0]
+                if layer == highest:
+                    raise _Stop
+
+            return hook
+
+        with ExitStack() as hooks:
+            for layer, module in self.rewrite.items():
+                hooks.callback(module.register_forward_pre_hook(before(layer)).remove)
+            self._forward(inputs)
+        return captured
+
+    def _mlp(self, layer: int) -> nn.Module | None:
+        """A layer's MLP, where the hyperparameters say which it is."""
+        with suppress(AttributeError):
+            return self.model.get_submodule(self.hparams.mlp_module_tmp.format(layer) or "?")
+        return None
+
+    def _forward(self, inputs: dict[str, Any]) -> None:
+        with suppress(_Stop):
+            self.model(**inputs)
+
+    def _find_layers(self) -> list[nn.Module]:
+        template = self.hparams.layer_module_tmp
+        found: list[nn.Module] = []
+        while True:
+            try:
+                found.append(self.model.get_submodule(template.format(len(found))))
+            except AttributeError:
+                break
+        if not found:
+            self._module("layer_module_tmp", template.format(0))
+        return found
+
+    def _module(self, key: str, path: str) -> nn.Module:
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError as error:
+            raise SphereError(
+                f"{type(self.model).__name__} has no module '{path}': correct {key} in the hyperparameter file."
+            ) from error
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no gradients for the model's own parameters, for the length of the block."""
+    training = model.training
+    required = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in required:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in required:
+            parameter.requires_grad_(True)

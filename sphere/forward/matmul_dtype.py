@@ -1,0 +1,66 @@
+"""How the layers of a model do their arithmetic, for the length of a block. Knows modules; knows nothing of editing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers' SDPA attention at each call
+
+
+@contextmanager
+def multiply_in(dtype: torch.dtype | None, layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block the linear maps of `layers` multiply in `dtype`; what enters and leaves them keeps its own.
+
+    Args:
+        dtype: None changes nothing.
+    """
+    with ExitStack() as restored:
+        for module in chain.from_iterable(layer.modules() for layer in layers):
+            if dtype is not None and isinstance(module, nn.Linear | Conv1D):
+                restored.enter_context(_multiplying_in(dtype, module))
+        yield
+
+
+@contextmanager
+def _multiplying_in(dtype: torch.dtype, module: Any) -> Iterator[None]:
+    own = "forward" in vars(module)  # as a device map gives it to modules
+    forward = module.forward
+
+    def lower(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype):
+            return forward(x).to(x.dtype)
+
+    module.forward = lower
+    try:
+        yield
+    finally:
+        if own:
+            module.forward = forward
+        else:
+            del module.forward
+
+
+@contextmanager
+def shared_heads(device: torch.device) -> Iterator[None]:
+    """Within the block, attention on a CPU reads keys and values that heads share in place.
+
+    Under a mask, transformers copies them for every head first, since kernels of other devices ask for it; on a CPU
+    that costs more than the attention itself. Where transformers knows no such switch, nothing changes.
+    """
+    before = os.environ.get(SHARED_HEADS)
+    if device.type == "cpu":
+        os.environ[SHARED_HEADS] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(SHARED_HEADS, None)
+        if before is not None:
+            os.environ[SHARED_HEADS] = before

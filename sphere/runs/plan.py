@@ -1,0 +1,365 @@
+"""The memory plan of a run, and what a batch costs, before anything is loaded (`--dry_run`).
+
+The model is built from its configuration on the meta device, where tensors have shapes and no values. What its layers
+compute and what they keep for the gradient is counted there, layer by layer, so that the plan knows no architecture.
+docs/memory.md explains every line, and says how close the plan was where it was measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sphere.errors import SphereError
+from sphere.evaluation.summary import format_lines
+from sphere.forward.device_memory import GRADIENT_TOKENS
+from sphere.forward.layers import LayerStack
+from sphere.forward.packing import ROW_TOKENS
+from sphere.forward.scorer import LOGIT_VALUES
+from sphere.hparams import HParams, ModuleHParams, TargetHParams, load_hparams
+from sphere.methods import Method, get_method
+from sphere.methods.base import PASS_TOKENS
+from sphere.models import DTYPES, meta_model, model_label, resolve_device
+from sphere.runs.config import RunConfig, alpha_of, hparams_path
+from sphere.runs.memory import DEVICE, DISK, FLOAT32, HOST, PHASES, Item, Sizes
+from sphere.runs.operation_counter import Counted, count, edited_shapes
+
+# Per request, means over CounterFact with the default model's tokenizer: rows in the optimisation of z, their tokens
+# before and from the subject's last one on, scored tokens of a row; prefix tokens that are run (shared ones once).
+ROWS, PREFIX, SUFFIX, SCORED, RUN_PREFIX = 6.5, 12.5, 4.5, 1.2, 20.0
+PADDED_PREFIX = 20  # tokens before the subject's last one, as rows of a pass are padded
+RANK_SHARE = 0.25  # principal directions, as a share of the smaller side
+EIGH_FLOPS = 9  # n^3 operations of a symmetric eigendecomposition, vectors included
+SCORING_TOKENS = {True: 2048, False: 16384}  # of a forward pass, on the CPU and elsewhere
+RATE_SECONDS = 0.15  # that measuring one rate takes
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the plan needs of a model.
+
+    Attributes:
+        vocabulary: number of logits.
+        width: d, of the hidden states.
+        bytes: of one value.
+    """
+
+    vocabulary: int
+    width: int
+    bytes: int
+    counted: Counted
+
+    @classmethod
+    def of(cls, stack: LayerStack, counted: Counted) -> ModelShape:
+        model: Any = stack.model
+        width = model.get_input_embeddings().weight.shape[1]
+        return cls(model.get_output_embeddings().weight.shape[0], width, model.dtype.itemsize, counted)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        title: lines that say of what.
+        items: everything that takes memory.
+        flops: stage -> (kind of arithmetic, operations of one batch).
+        merged: whether device and host are one memory.
+        dtype: of the model.
+    """
+
+    title: tuple[str, ...]
+    items: tuple[Item, ...]
+    flops: tuple[tuple[str, str, float], ...]
+    merged: bool
+    dtype: torch.dtype
+
+    def peak(self, place: str) -> tuple[str, int]:
+        """The phase in which most is held in a place, and how many bytes."""
+        totals = self.totals(place)
+        phase = max(totals, key=lambda p: totals[p])
+        return phase, totals[phase]
+
+    def totals(self, place: str) -> dict[str, int]:
+        """Phase -> bytes held in a place."""
+        places = {DEVICE, HOST} if self.merged and place != DISK else {place}
+        return {
+            phase: sum(item.size for item in self.items if item.place in places and item.alive(phase))
+            for phase in PHASES
+        }
+
+
+def plan_run(config: RunConfig) -> Plan:
+    """The plan of a run.
+
+    Args:
+        config: `dataset_size_limit` is taken as the number of edits (None: one batch).
+
+    Raises:
+        SphereError: hyperparameters or a model configuration that no run can be made of.
+    """
+    config.check()
+    method = get_method(config.alg_name)
+    hparams = load_hparams(hparams_path(config), method.hparams_class)
+    method.rules(hparams, config.beta_hse, alpha_of(config))
+    device = _device_type(config.device)
+    model = meta_model(config.model_name, config.dtype, device)
+    stack = LayerStack(model, hparams)
+    n_edits = config.dataset_size_limit or config.num_edits
+    sizes = Sizes(
+        edited=edited_shapes(stack),
+        weight_bytes=model.dtype.itemsize,
+        moment_bytes=DTYPES[hparams.mom2_dtype].itemsize if isinstance(hparams, HParams) else 0,
+        n_edits=n_edits,
+        num_edits=min(config.num_edits, n_edits),
+        conserve_memory=config.conserve_memory,
+        on_cpu=device == "cpu",
+    )
+    optimised = isinstance(hparams, TargetHParams)
+    first = max(hparams.layers) + 1 if optimised else min(hparams.layers)
+    shape = ModelShape.of(stack, count(stack, first, getattr(hparams, "v_loss_layer", stack.n_layers - 1)))
+    most = GRADIENT_TOKENS.get(device, GRADIENT_TOKENS["cpu"])
+    items = [
+        *_weights(model, sizes),
+        *method.memory(hparams, sizes),
+        *_passes(method, hparams, shape, sizes, config.batch_tokens or most),
+        *_writing(sizes, bool(config.beta_hse)),
+        *_scoring(shape, sizes, config.batch_tokens or PASS_TOKENS),
+        *_files(sizes),
+    ]
+    return Plan(
+        title=_title(config, stack, sizes, device),
+        items=tuple(item for item in items if item.size),
+        flops=tuple(_operations(method, hparams, shape, sizes, config.beta_hse)),
+        merged=sizes.on_cpu,
+        dtype=model.dtype,
+    )
+
+
+def _device_type(device: str) -> str:
+    """ "cpu", "cuda", ...: the device need not be here."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:
+        raise SphereError(f"Unknown device '{device}': give --device auto, cpu, cuda or cuda:1.") from error
+
+
+def _title(config: RunConfig, stack: LayerStack, sizes: Sizes, device: str) -> tuple[str, ...]:
+    model: Any = stack.model
+    parameters = sum(p.numel() for p in model.parameters())
+    shapes = ", ".join(dict.fromkeys(f"{out} x {in_features}" for out, in_features in sizes.edited))
+    return (
+        f"{model_label(config.model_name)} ({type(model).__name__}): {parameters / 1e9:.2f} billion parameters in "
+        f"{str(model.dtype).removeprefix('torch.')}, {stack.n_layers} layers, {len(sizes.edited)} edited ({shapes})",
+        f"{config.alg_name}: {sizes.n_edits} edits in batches of {sizes.num_edits}, "
+        f"{config.batch_tokens or PASS_TOKENS} tokens in a forward pass, on {device}"
+        f"{', --conserve_memory' if sizes.conserve_memory else ''}",
+    )
+
+
+# ---- memory that every run takes ----
+
+
+def _at(phase: str, what: str, formula: str, size: float) -> Item:
+    """Something on the device in one phase."""
+    return Item(what, formula, int(size), DEVICE, phase, phase)
+
+
+def _weights(model: nn.Module, sizes: Sizes) -> list[Item]:
+    total = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+    exact = sizes.exact_bytes * sizes.entries
+    masters = FLOAT32 * sizes.entries if sizes.weight_bytes < FLOAT32 else 0
+    return [
+        Item("model weights", "P b", total, DEVICE),
+        Item("float32 masters of edited weights", "4 E", masters, DEVICE),
+        Item("edited weights as they were at first", "4 E", exact, sizes.offload_device),
+        Item(
+            "edited weights before the batch", "4 E", exact, sizes.offload_device, "target values", "writing"
+        ),
+    ]
+
+
+def _passes(
+    method: type[Method], hparams: ModuleHParams, shape: ModelShape, sizes: Sizes, batch_tokens: int
+) -> list[Item]:
+    """Forward and backward passes of a batch."""
+    counted, phase = shape.counted, "target values"
+    if not isinstance(hparams, TargetHParams):  # a gradient of the weights, in batches of requests
+        n = min(getattr(hparams, "batch_size", sizes.num_edits), sizes.num_edits)
+        tokens, points = n * (PREFIX + SUFFIX), n * SCORED
+        return [
+            _at(phase, "saved for the gradient", "t a", tokens * counted.saved),
+            _at(phase, "logits and their gradient", "16 s V", 16 * points * shape.vocabulary),
+        ]
+    n = min(method.at_once or sizes.num_edits, sizes.num_edits)
+    tokens = min(batch_tokens, n * ROWS * SUFFIX)
+    points = min(tokens / SUFFIX, n * ROWS) * (SCORED + 1 / ROWS)
+    constant = n * (RUN_PREFIX + ROWS * PADDED_PREFIX)
+    rows = n * ROWS * (PREFIX + SUFFIX)
+    return [
+        _at(phase, "saved for the gradient of one pass", "t a", tokens * counted.saved),
+        _at(phase, "logits of one pass and their gradient", "16 s V", 16 * points * shape.vocabulary),
+        _at(phase, "first distributions of the KL term", "4 n V", FLOAT32 * n * shape.vocabulary),
+        _at(phase, "attention keys and values of prefixes", "n (20 + 6.5 x 20) c", constant * counted.kv),
+        _at(
+            "solve",
+            "hidden states on their way to the keys",
+            "6.5 n x 17 d b",
+            rows * shape.width * shape.bytes,
+        ),
+    ]
+
+
+def _writing(sizes: Sizes, sphere: bool) -> list[Item]:
+    """One weight's update on its way through the rules, and SPHERE's decomposition of the weight."""
+    out, in_features = max(sizes.edited, key=lambda pair: pair[0] * pair[1])
+    side, phase = min(out, in_features), "writing"
+    items = [
+        _at(phase, "an update, in float64 and as it is written", "(8 + 2 x 4) out in", 16 * out * in_features)
+    ]
+    if sphere:
+        directions = FLOAT32 * (4 * side**2 + side * in_features)
+        items.append(_at(phase, "principal directions and their making", "4 (4 m^2 + m in)", directions))
+    return items
+
+
+def _scoring(shape: ModelShape, sizes: Sizes, batch_tokens: int) -> list[Item]:
+    tokens, phase = batch_tokens if sizes.conserve_memory else SCORING_TOKENS[sizes.on_cpu], "scoring"
+    copies = sizes.exact_bytes + (FLOAT32 if sizes.weight_bytes < FLOAT32 else 0)
+    layer = shape.counted.saved / shape.counted.layers
+    masks = ROW_TOKENS * (shape.bytes + 1)
+    logits = min(LOGIT_VALUES, tokens * shape.vocabulary) * shape.bytes
+    return [
+        _at(phase, "edited weights to be put back, and masters", "4 E + 4 E", copies * sizes.entries),
+        _at(
+            phase,
+            "one layer's activations, and masks",
+            "t (a / layers + 256 (b + 1))",
+            tokens * (layer + masks),
+        ),
+        _at(phase, "logits", "2^27 b", logits),
+    ]
+
+
+def _files(sizes: Sizes) -> list[Item]:
+    kept = 3 * sizes.weight_bytes * sizes.entries
+    keys = FLOAT32 * sizes.n_edits * sum(in_features for _, in_features in sizes.edited)
+    return [
+        Item("checkpoints: original, first and last batch", "3 E b", kept, DISK),
+        Item(
+            "resume point, twice while it is replaced",
+            "2 x 4 E + 4 N in",
+            2 * sizes.exact_bytes * sizes.entries + keys,
+            DISK,
+        ),
+    ]
+
+
+# ---- operations of a batch ----
+
+
+def _operations(
+    method: type[Method], hparams: ModuleHParams, shape: ModelShape, sizes: Sizes, beta: float
+) -> list[tuple[str, str, float]]:
+    """(stage, kind of arithmetic, operations) of one batch; of methods without target values SPHERE's only."""
+    n, counted = sizes.num_edits, shape.counted
+    stages: list[tuple[str, str, float]] = []
+    if isinstance(hparams, TargetHParams):
+        suffix, scored = n * ROWS * SUFFIX, n * (ROWS * SCORED + 1)
+        step = suffix * (counted.forward + counted.backward) + 2 * scored * counted.head
+        once = (suffix + n * RUN_PREFIX) * (counted.below + counted.forward)
+        stages.append(("target values", "model", hparams.v_num_grad_steps * step + once))
+        stages.append(("keys and residuals", "model", n * ROWS * (PREFIX + 1) * counted.below))
+        stages.append(("solve", "float64", method.solve_operations(hparams, sizes)))
+    if beta:
+        small = [min(shape) for shape in sizes.edited]
+        passes = 1 + 6 * RANK_SHARE  # the Gram matrix's triangle; the basis, the projection and its figures
+        dense = sum(
+            passes * s * out * in_features for s, (out, in_features) in zip(small, sizes.edited, strict=True)
+        )
+        stages.append(("principal directions: products", "float32", dense))
+        stages.append(("principal directions: eigenvectors", "eigh", sum(EIGH_FLOPS * s**3 for s in small)))
+    return stages
+
+
+def measure_rates(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Operations per second: matrix products in the model's dtype, float32, float64; an eigendecomposition."""
+    cuda = torch.device(device).type == "cuda"
+    size = 4096 if cuda else 1024
+
+    def rate(function: Callable[[Tensor], Any], matrix: Tensor, operations: float) -> float:
+        function(matrix)
+        count, start = 0, time.perf_counter()
+        while not count or time.perf_counter() - start < RATE_SECONDS:
+            function(matrix)
+            count += 1
+            if cuda:
+                torch.cuda.synchronize(device)
+        return count * operations / (time.perf_counter() - start)
+
+    rates = {}
+    for kind, wanted in (("model", dtype), ("float32", torch.float32), ("float64", torch.float64)):
+        matrix = torch.ones(size, size, dtype=wanted, device=device)
+        rates[kind] = rate(lambda m: m @ m, matrix, 2 * size**3)
+    small = torch.rand(size // 2, size // 2, device=device)
+    rates["eigh"] = rate(torch.linalg.eigh, small @ small.T, EIGH_FLOPS * len(small) ** 3)
+    return rates
+
+
+# ---- in words ----
+
+
+def describe_run(config: RunConfig) -> str:
+    """The plan of a run for a terminal, with times where its device is here to be measured."""
+    plan = plan_run(config)
+    try:
+        device = str(resolve_device(config.device))
+    except SphereError:
+        return format_plan(plan)
+    return format_plan(plan, measure_rates(device, plan.dtype))
+
+
+def format_plan(plan: Plan, rates: Mapping[str, float] | None = None) -> str:
+    """The plan for a terminal.
+
+    Args:
+        rates: of `measure_rates`; without them no times are given.
+    """
+    lines = [["what", "where", "GiB", "bytes", "while"]]
+    for item in plan.items:
+        where = HOST if plan.merged and item.place == DEVICE else item.place
+        lines.append([item.what, where, _gib(item.size), item.formula, _span(item)])
+    parts = ["\n".join(plan.title), format_lines(lines)]
+    for place in (HOST, DISK) if plan.merged else (DEVICE, HOST, DISK):
+        phase, most = plan.peak(place)
+        by_phase = ", ".join(f"{p} {_gib(size)}" for p, size in plan.totals(place).items())
+        parts.append(f"{place}: {_gib(most)} GiB at most, at {phase} ({by_phase})")
+    lines, total = [["one batch", "operations", "seconds"]], 0.0
+    for stage, kind, operations in plan.flops:
+        seconds = operations / rates[kind] if rates else None
+        total += seconds or 0.0
+        lines.append([stage, f"{operations:.2e}", "-" if seconds is None else f"{seconds:.2f}"])
+    if rates:
+        lines.append(["together, at the measured rates", "", f"{total:.2f}"])
+        shown = ", ".join(f"{kind} {rate / 1e9:.0f}" for kind, rate in rates.items())
+        parts.append(format_lines(lines) + f"\n\nmeasured here, in 10^9 operations/s: {shown}")
+    else:
+        parts.append(format_lines(lines) + "\n\nno times: the device is not here")
+    return "\n\n".join(parts)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f}"
+
+
+def _span(item: Item) -> str:
+    if (item.since, item.until) == (PHASES[0], PHASES[-1]):
+        return "always"
+    return item.since if item.since == item.until else f"{item.since} to {item.until}"

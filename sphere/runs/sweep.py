@@ -1,0 +1,342 @@
+"""Many runs: what a job of a sweep does, and one table of all of them.
+
+    <sweep_dir>/seed_<seed>[_<key>_<value>...]/<the run's own folder>/     as `experiments.evaluate` writes it
+        job.json                                                        what became of the job
+    <sweep_dir>/sweep.json, sweep.csv, sweep.md                         one row per job, and means over seeds
+
+A job that is finished is not run again; one that was stopped goes on from its last finished batch or its last scored
+records. So a sweep that was killed is started again with the same command.
+
+Knows runs and their scores. Knows nothing of Hydra (`experiments.sweep`), which says which jobs there are and where
+each one runs.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import shlex
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sphere.checkpoints import CONFIG_NAME, list_checkpoints, read_weights
+from sphere.data.records import load_records
+from sphere.errors import SphereError
+from sphere.evaluation.evaluate_run import FOLDER, SUMMARY_NAME, evaluate_run
+from sphere.evaluation.summary import COLUMNS, format_lines, format_table
+from sphere.files import atomic_path, read_json, write_json
+from sphere.models import model_label
+from sphere.runs.config import RunConfig, alpha_of, folder_of, hparams_path
+from sphere.runs.run import LOG_NAME, execute
+
+log = logging.getLogger(__name__)
+
+JOB_NAME = "job.json"
+LOCK_NAME = ".lock"
+TABLE_NAME = "sweep"
+# What a run's folder does not say by itself goes into the folder above it.
+UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype", "z_matmul_dtype")
+# What may change without a finished job being run again.
+OF_THE_MACHINE = (
+    "device",
+    "device_map",
+    "batch_tokens",
+    "conserve_memory",
+    "use_cache",
+    "cache_dir",
+    "stats_dir",
+)
+# What a row says of a finished job.
+MEASURED = ("n_edits", "metrics", "unedited", "change_norm", "seconds_per_edit")
+# What a row says of its run, beside that.
+SETTINGS = ("alg_name", "model_name", "ds_name", "num_edits", "beta_hse", "alpha", "seed")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep and how it is scored.
+
+    Attributes:
+        config: the run; its `output_dir` is the sweep's folder.
+        generation_interval: generate text for every so-many-th case; 0: never.
+    """
+
+    config: RunConfig
+    generation_interval: int = 0
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The run as it is executed: in a folder that no other job has."""
+        parts = [f"seed_{self.config.seed}"]
+        for key in UNNAMED:
+            value = getattr(self.config, key)
+            if value != getattr(RunConfig, key):
+                parts.append(f"{key}_{Path(str(value)).stem}")
+        return replace(self.config, output_dir=str(Path(self.config.output_dir) / "_".join(parts)))
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lands."""
+        return folder_of(self.run_config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able: the run's configuration with its hyperparameters, and how it is scored."""
+        path = hparams_path(self.config)
+        hparams = read_json(path, "hyperparameter file") if path.exists() else None
+        return {
+            **asdict(self.run_config),
+            "alpha": alpha_of(self.config),
+            "generation_interval": self.generation_interval,
+            "hparams": hparams,
+        }
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Run and score a job, unless it is finished; what became of it is kept in its folder.
+
+    An error ends the job, not the sweep: it is logged, and stands in the table.
+
+    Returns:
+        The content of job.json: {"status": "finished", "failed" or "busy" (another process is at it), "error",
+        "seconds" (of all its starts), "settings"}.
+    """
+    folder = job.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / JOB_NAME
+    try:
+        with FileLock(folder / LOCK_NAME, timeout=0):
+            previous = read_json(path, "job") if path.exists() else {}
+            if _is_finished(previous, job):
+                log.info("%s: finished before.", folder)
+                return previous
+            note = {"settings": job.settings, "seconds": previous.get("seconds", 0.0)}
+            write_json(path, {"status": "unfinished", "error": None, **note})
+            start = time.perf_counter()
+            status, error = "finished", None
+            try:
+                _run(job)
+            except SphereError as problem:
+                status, error = "failed", str(problem)
+                log.error("%s: %s", folder, problem)
+            except Exception as problem:  # a bug or a full GPU: the other jobs go on
+                status, error = "failed", f"{type(problem).__name__}: {problem}"
+                log.exception("%s failed", folder)
+            note["seconds"] += time.perf_counter() - start
+            write_json(path, {"status": status, "error": error, **note})
+            return {"status": status, "error": error, **note}
+    except Timeout:
+        error = f"Another process is at the run in {folder}, or two jobs are the same."
+        log.error("%s", error)
+        return {"status": "busy", "error": error, "seconds": 0.0, "settings": job.settings}
+
+
+def _run(job: Job) -> None:
+    config = job.run_config
+    begun = (job.folder / CONFIG_NAME).exists()
+    run = execute(replace(config, continue_from_run=begun, overwrite=False))
+    run.editor.revert()
+    evaluate_run(
+        run.model,
+        run.tokenizer,
+        run.folder,
+        run.records,
+        generation_interval=job.generation_interval,
+        data_dir=config.data_dir,
+        dataset=load_records(config.ds_name, config.data_dir) if job.generation_interval else None,
+        seed=config.seed,
+    )
+
+
+def _is_finished(previous: Mapping[str, Any], job: Job) -> bool:
+    """Whether the job was run to its end with settings that give the same numbers."""
+
+    def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in settings.items() if k not in OF_THE_MACHINE}
+
+    return (
+        previous.get("status") == "finished"
+        and deciding(previous["settings"]) == deciding(json.loads(json.dumps(job.settings)))
+        and (job.folder / FOLDER / SUMMARY_NAME).exists()
+    )
+
+
+def collect(sweep_dir: str | Path) -> list[dict[str, Any]]:
+    """One row per job of a sweep, in the order of their settings; also written as sweep.json, sweep.csv and sweep.md.
+
+    Returns:
+        Rows {"label", "folder", "status", "error", "seconds", the SETTINGS, "n_edits", "metrics", "unedited",
+        "change_norm", "seconds_per_edit"}. The last five are None where the job is not finished: the scores of its last
+        checkpoint and of the unedited model on the same cases (`sphere.evaluation.summary.summarise`), the Frobenius
+        norm of the change of all edited weights, and the editing time.
+
+    Raises:
+        SphereError: no job in that folder.
+    """
+    sweep_dir = Path(sweep_dir)
+    rows = [_row(path) for path in sorted(sweep_dir.rglob(JOB_NAME))]
+    if not rows:
+        raise SphereError(f"No job has begun in {sweep_dir}: give sweep_dir the folder of a sweep.")
+    rows.sort(key=lambda row: [(str(type(row[k])), row[k]) for k in SETTINGS])
+    _label(rows)
+    write_json(sweep_dir / f"{TABLE_NAME}.json", rows)
+    _write_csv(sweep_dir / f"{TABLE_NAME}.csv", rows)
+    with atomic_path(sweep_dir / f"{TABLE_NAME}.md") as temporary:
+        temporary.write_text(format_sweep(rows, markdown=True) + "\n", "utf-8")
+    return rows
+
+
+def _row(path: Path) -> dict[str, Any]:
+    job = read_json(path, "job")
+    settings = job["settings"]
+    row = {
+        "folder": str(path.parent),
+        **{k: job[k] for k in ("status", "error", "seconds")},
+        **{k: settings[k] for k in SETTINGS},
+        **{k: settings[k] for k in UNNAMED},
+        **dict.fromkeys(MEASURED),
+    }
+    summary = path.parent / FOLDER / SUMMARY_NAME
+    if job["status"] == "finished" and summary.exists():
+        last = read_json(summary, "summary")["checkpoints"][-1]
+        row |= {key: last[key] for key in ("n_edits", "metrics", "unedited")}
+        row["change_norm"] = change_norm(path.parent)
+        batches = (path.parent / LOG_NAME).read_text("utf-8").splitlines()
+        row["seconds_per_edit"] = sum(json.loads(line)["seconds"] for line in batches) / last["n_edits"]
+    return row
+
+
+def change_norm(folder: Path) -> float:
+    """Frobenius norm of the change of all edited weights together, from the first to the last checkpoint of a run."""
+    checkpoints = list_checkpoints(folder)
+    before, after = read_weights(checkpoints[0].path), read_weights(checkpoints[-1].path)
+    return math.sqrt(sum(float((after[n].double() - w.double()).square().sum()) for n, w in before.items()))
+
+
+def _label(rows: Sequence[dict[str, Any]]) -> None:
+    """Name each row by the settings in which the jobs differ, and always by its method."""
+
+    def word(key: str, value: Any) -> str:
+        if key == "model_name":
+            return model_label(value)
+        return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
+
+    keys = (*SETTINGS, *UNNAMED)
+    differing = [key for key in keys if len({str(row[key]) for row in rows}) > 1 and key != "alg_name"]
+    with_and_without = len({row["beta_hse"] for row in rows}) == 2 and any(
+        not row["beta_hse"] for row in rows
+    )
+    if with_and_without:
+        differing.remove("beta_hse")
+    for row in rows:
+        hook = ["+ SPHERE"] if with_and_without and row["beta_hse"] else []
+        row["label"] = " ".join([row["alg_name"], *hook, *(word(key, row[key]) for key in differing)])
+
+
+def format_sweep(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
+    """The table of a sweep: finished jobs by kind of dataset, means over seeds, then what is not finished."""
+    parts = []
+    finished = [row for row in rows if row["metrics"]]
+    for kind in sorted({row["metrics"]["kind"] for row in finished}):
+        same = [row for row in finished if row["metrics"]["kind"] == kind]
+        parts.append(format_table([*_unedited(same), *map(_shown, same)], markdown))
+        if means := over_seeds(same):
+            parts.append("Mean over seeds, ± standard deviation:\n\n" + _format_means(means, kind, markdown))
+    open_ = [row for row in rows if not row["metrics"]]
+    bullet = "- " if markdown else ""
+    parts += [
+        "\n".join(f"{bullet}{row['label']}: {row['status']}. {row['error'] or ''}".rstrip() for row in open_)
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _unedited(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each unedited model and set of cases among the jobs."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        key = tuple(row[k] for k in ("model_name", "ds_name", "dtype", "dataset_size_limit"))
+        found.setdefault(key, {"n_edits": 0, "metrics": row["unedited"], "name": [str(k) for k in key]})
+    for row in found.values():
+        differing = [
+            n
+            for n, *others in zip(row["name"], *(r["name"] for r in found.values()), strict=True)
+            if len(set(others)) > 1
+        ]
+        row["label"] = " ".join(["unedited", *differing])
+    return list(found.values())
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table: scores, size of the change and speed."""
+    extra = {"||change||": f"{row['change_norm']:.2f}", "s/edit": f"{row['seconds_per_edit']:.2f}"}
+    return {**row, "extra": extra}
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over the seeds of jobs that differ in nothing else; none where no job has two.
+
+    Returns:
+        {"label", "n" (seeds), "metrics": {name: (mean, sample standard deviation)}} for each group of two or more.
+    """
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(str(row[k]) for k in (*SETTINGS, *UNNAMED) if k != "seed"), []).append(row)
+    means = []
+    for group in groups.values():
+        if len(group) < 2:
+            continue
+        names = [n for n, entry in group[0]["metrics"].items() if isinstance(entry, Mapping)]
+        values = {n: [_value(row["metrics"].get(n)) for row in group] for n in names}
+        label = " ".join(w for w in group[0]["label"].split(" ") if not w.startswith("seed="))
+        metrics = {n: (statistics.fmean(v), statistics.stdev(v)) for n, v in values.items() if None not in v}
+        means.append({"label": label, "n": len(group), "metrics": metrics})
+    return means
+
+
+def _value(entry: Mapping[str, Any] | None) -> Any:
+    return None if not entry else entry.get("value", entry.get("mean"))
+
+
+def _format_means(means: Sequence[Mapping[str, Any]], kind: str, markdown: bool) -> str:
+    columns = {t: n for t, n in COLUMNS[kind].items() if any(n in m["metrics"] for m in means)}
+    lines = [["jobs", "seeds", *columns]]
+    for mean in means:
+        cells = [mean["metrics"].get(name) for name in columns.values()]
+        lines.append(
+            [
+                mean["label"],
+                str(mean["n"]),
+                *("-" if c is None else f"{c[0]:.1f} ± {c[1]:.1f}" for c in cells),
+            ]
+        )
+    return format_lines(lines, markdown)
+
+
+def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Flat: one column per metric, with its interval."""
+    flat = []
+    for row in rows:
+        line = {k: v for k, v in row.items() if k not in ("metrics", "unedited")}
+        for name, entry in (row["metrics"] or {}).items():
+            if isinstance(entry, Mapping):
+                line |= {name: _value(entry), f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
+        flat.append(line)
+    names = list(dict.fromkeys(name for line in flat for name in line))
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def report_command(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The command that makes one report of all finished runs."""
+    folders = [row["folder"] for row in rows if row["metrics"]]
+    return shlex.join(["python", "-m", "scripts.report", "--weight_folder", *folders])

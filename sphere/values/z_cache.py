@@ -1,0 +1,218 @@
+"""Target values z on disk, so that runs which share them do not optimise them again (`--use_cache`).
+
+AlphaEdit, MEMIT and its kin optimise the same z for their first batch, on the unedited model; a batch that was broken
+off, or a run that is repeated, finds its own again.
+
+    <cache_dir>/z/<digest of the key>.safetensors     z, h0, losses and steps of one batch; the key in the metadata
+
+The key holds everything that the numbers depend on, rounding included: the weights as they stand, the model's
+configuration, the requests as the tokenizer cuts them, the hyperparameters of the optimisation, the batch and how it is
+cut into passes, the code that finds z, PyTorch and the device. So a stale value is never used, and a run with a cache
+writes the same weights, bit for bit, as one without. The price is that values are kept per batch: a request's z depends
+on its companions by rounding only (they share matrix products, never a sum), but another batch size finds nothing.
+
+Any file may be removed at any time. Knows nothing of how z is optimised or used.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sphere.errors import SphereError
+from sphere.files import atomic_path
+from sphere.fingerprint import Fingerprint
+from sphere.forward.layers import LayerStack
+from sphere.hparams import TargetHParams
+from sphere.requests import EditRequest
+from sphere.values.compute_z import ESSENCE, TargetValues, compute_z
+from sphere.values.context_templates import fill
+from sphere.values.tokenization import encode, encode_pair
+
+log = logging.getLogger(__name__)
+
+FIELDS = ("z", "h0", "losses", "steps")
+# What the optimisation reads of the hyperparameters; the edited layers count by the last one only.
+HPARAMS = (
+    "clamp_norm_factor",
+    "v_num_grad_steps",
+    "v_lr",
+    "v_loss_layer",
+    "v_weight_decay",
+    "kl_factor",
+    "fact_token",
+    "layer_module_tmp",
+    "ln_f_module",
+    "lm_head_module",
+)
+# Entries of a model's configuration that say where it came from, not what it computes.
+PROVENANCE = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
+
+
+class TargetValueCache:
+    """Target values of batches, kept under keys that nothing stale can match.
+
+    Args:
+        folder: e.g. data/cache.
+        fingerprint: of the model that is being edited.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        stack: LayerStack,
+        tokenizer: PreTrainedTokenizerBase,
+        fingerprint: Fingerprint,
+    ) -> None:
+        self.folder = Path(folder) / "z"
+        self.stack, self.tokenizer, self.fingerprint = stack, tokenizer, fingerprint
+
+    def get(
+        self,
+        requests: Sequence[EditRequest],
+        templates: Sequence[Sequence[str]],
+        hparams: TargetHParams,
+        passes: Mapping[str, Any],
+        compute: Callable[[], TargetValues],
+    ) -> TargetValues:
+        """The target values of a batch on the weights as they stand: from disk, else computed and kept."""
+        key = self.key(requests, templates, hparams, passes)
+        path = self.path(key)
+        found = self._read(path, key, len(requests))
+        if found is not None:
+            level = logging.INFO if len(requests) > 1 else logging.DEBUG  # ROME asks for every fact
+            log.log(level, "Target values of %d requests: from %s.", len(requests), path)
+            return found
+        values = compute()
+        try:
+            _write(path, values, key)
+        except SphereError as error:  # the cache is a help, not a result
+            log.warning("Target values were not cached: %s", error)
+        return values
+
+    def key(
+        self,
+        requests: Sequence[EditRequest],
+        templates: Sequence[Sequence[str]],
+        hparams: TargetHParams,
+        passes: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Everything that the numbers depend on, JSON-able; `passes`: how they are computed."""
+        rows = [self._rows(request, [t for group in templates for t in group]) for request in requests]
+        return {
+            "weights": self.fingerprint.now(),
+            **self._surroundings,
+            "z_layer": max(hparams.layers),
+            "hparams": {name: getattr(hparams, name) for name in HPARAMS},
+            "templates": [list(group) for group in templates],
+            "requests": _digest(rows),
+            "passes": dict(passes),
+        }
+
+    def path(self, key: dict[str, Any]) -> Path:
+        """The file of a key."""
+        return self.folder / f"{_digest(key)}.safetensors"
+
+    def _rows(self, request: EditRequest, templates: Sequence[str]) -> list[Any]:
+        """A request in words, and in the tokens of every text that the optimisation runs."""
+        filled = [fill(template, request) for template in templates]
+        texts = [*(f.text for f in filled), ESSENCE.format(request.subject)]
+        encoded = [encode(self.tokenizer, text) for text in texts]
+        return [
+            [request.prompt, request.subject, request.target_new],
+            [[e.ids, e.ends] for e in encoded],
+            [encode_pair(self.tokenizer, f.text, request.target_new) for f in filled],
+        ]
+
+    @cached_property
+    def _surroundings(self) -> dict[str, Any]:
+        """What does not change while a model is edited."""
+        model: Any = self.stack.model
+        config = {k: v for k, v in model.config.to_dict().items() if k not in PROVENANCE}
+        device = self.stack.device
+        return {
+            "architecture": type(model).__name__,
+            "config": _digest(json.loads(json.dumps(config, default=str))),
+            "attention": str(getattr(model.config, "_attn_implementation", None)),
+            "dtype": str(model.dtype),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "code": _digest(_sources(compute_z.__module__)),
+        }
+
+    def _read(self, path: Path, key: dict[str, Any], n_requests: int) -> TargetValues | None:
+        """The values in a file; None where there is none, or (with a warning) where it cannot be trusted."""
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in FIELDS}
+            sound = (
+                json.loads(metadata["key"]) == key
+                and metadata["sha256"] == _checksum(tensors)
+                and all(len(t) == n_requests for t in tensors.values())
+            )
+            reason = "its content is not what was written"
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            sound, reason = False, str(error)
+        if not sound:
+            log.warning("The target values in %s are damaged (%s): computing them again.", path, reason)
+            return None
+        layer = self.stack.layers[key["z_layer"]]
+        device = next(layer.parameters()).device
+        return TargetValues(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
+def _write(path: Path, values: TargetValues, key: dict[str, Any]) -> None:
+    tensors = {name: getattr(values, name).detach().cpu().contiguous() for name in FIELDS}
+    metadata = {"key": json.dumps(key), "sha256": _checksum(tensors)}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the numbers: safetensors itself would not notice a bit that has flipped."""
+    digest = hashlib.sha256()
+    for name in FIELDS:
+        digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
+        digest.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sources(module: str) -> dict[str, str]:
+    """Name -> source of a module, and of all of this package that it imports, directly or not."""
+    package, found, todo = module.partition(".")[0], {}, [module]
+    while todo:
+        name = todo.pop()
+        path = importlib.import_module(name).__file__
+        if name in found or path is None:
+            continue
+        found[name] = Path(path).read_text("utf-8")
+        for node in ast.walk(ast.parse(found[name])):
+            names = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            todo += [imported for imported in names if imported.startswith(f"{package}.")]
+    return found
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,282 @@
+"""Target values z: the batched path beside the plain one, on tiny models."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import GPT2_MODULES, LLAMA_MODULES, REQUESTS, tiny_gpt2, tiny_hparams, tiny_llama
+from torch import nn
+from transformers import AutoModelForCausalLM, GPTJConfig
+
+from benchmarks.plain import target_values as plain
+from benchmarks.plain.target_values import plain_target_values
+from sphere import EditRequest, SphereError
+from sphere.forward import stop_check as watch
+from sphere.forward.layers import LayerStack
+from sphere.forward.padding import lines
+from sphere.hparams import TargetHParams
+from sphere.values import compute_z as target_values
+from sphere.values.compute_z import TargetValues, compute_z
+
+TEMPLATES = (("{}",), ("The sun is up. {}", "Therefore it goes. {}"))
+FACTS = [
+    *REQUESTS,
+    EditRequest(3, "{} lives in", "Q", "Ur", "Ys"),  # a subject of one token at the very start
+    EditRequest(4, "The house of {}", "Eve", "Oslo town", "Bern"),  # a subject at the end
+    EditRequest(5, "What {} speaks, as everybody around here knows, is", "a man", "Dutch", "French"),
+]
+
+
+def tiny_gptj() -> nn.Module:
+    """A model whose layers return tuples."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 300, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 256, "rotary_dim": 4}
+    config = GPTJConfig(**shape, initializer_range=0.2, bos_token_id=0, eos_token_id=0)
+    return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+GPTJ_MODULES = GPT2_MODULES | {"rewrite_module_tmp": "transformer.h.{}.mlp.fc_out"}
+MODELS = {
+    "llama": (tiny_llama, LLAMA_MODULES),
+    "gpt2": (tiny_gpt2, GPT2_MODULES),
+    "gptj": (tiny_gptj, GPTJ_MODULES),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model_and_hparams(request) -> tuple[nn.Module, TargetHParams]:
+    build, modules = MODELS[request.param]
+    return build(), tiny_hparams(modules)
+
+
+def fast(model, tokenizer, requests, hparams, templates=TEMPLATES, batch_tokens=64) -> TargetValues:
+    stack = LayerStack(model, hparams)
+    return compute_z(
+        stack, tokenizer, requests, templates, hparams, batch_tokens=batch_tokens, progress=False
+    )
+
+
+def assert_alike(found: TargetValues, expected: TargetValues, tolerance: float = 1e-3) -> None:
+    assert torch.equal(found.steps, expected.steps)
+    for name in ("z", "h0"):
+        a, b = getattr(found, name), getattr(expected, name)
+        assert ((a - b).norm(dim=1) <= tolerance * b.norm(dim=1)).all(), name
+    assert torch.allclose(found.losses, expected.losses, rtol=tolerance, atol=tolerance)
+
+
+def test_layers_of_the_models_return_what_the_tests_are_about(tiny_tokenizer):
+    returned = {}
+    for name, (build, modules) in MODELS.items():
+        model = build()
+        layer = model.get_submodule(modules["layer_module_tmp"].format(0))
+        layer.register_forward_hook(lambda _m, _a, output, name=name: returned.update({name: type(output)}))
+        model(torch.tensor([[1, 2]]), use_cache=False)
+    assert issubclass(returned["llama"], torch.Tensor)
+    assert issubclass(returned["gptj"], tuple)
+
+
+def test_as_one_by_one(model_and_hparams, tiny_tokenizer):
+    model, hparams = model_and_hparams
+    expected = plain_target_values(model, tiny_tokenizer, FACTS, TEMPLATES, hparams)
+    assert (expected.z - expected.h0).norm(dim=1).min() > 0.1
+    assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), expected)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 20, 10_000])
+def test_whatever_the_size_of_micro_batches(tiny_tokenizer, batch_tokens):
+    model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES)
+    expected = plain_target_values(model, tiny_tokenizer, FACTS, TEMPLATES, hparams)
+    assert_alike(fast(model, tiny_tokenizer, FACTS, hparams, batch_tokens=batch_tokens), expected)
+
+
+@pytest.fixture
+def easy(monkeypatch) -> tuple[nn.Module, TargetHParams]:
+    """A model, steps and a loss that counts as small enough, so that requests are done one after the other."""
+    for module in (target_values, plain):
+        monkeypatch.setattr(module, "LOSS_TOLERANCE", 6.05)
+    return tiny_llama(), tiny_hparams(LLAMA_MODULES, v_num_grad_steps=14, clamp_norm_factor=9.0)
+
+
+def test_early_stopping(easy, tiny_tokenizer):
+    """Requests leave the loop one after the other, each with the z it had when its loss was small."""
+    model, hparams = easy
+    expected = plain_target_values(model, tiny_tokenizer, FACTS, TEMPLATES, hparams)
+    stopped = expected.steps < 14
+    assert len(set(expected.steps[stopped].tolist())) > 1
+    assert (expected.losses[stopped] < 6.05).all()
+    assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), expected)
+
+
+def test_told_a_step_late(easy, tiny_tokenizer, monkeypatch):
+    """As on a GPU: that requests are done is known one step later, and changes nothing."""
+    model, hparams = easy
+    at_once = fast(model, tiny_tokenizer, FACTS, hparams)
+    monkeypatch.setattr(watch, "WATCHED_LATE", ("cpu",))
+    assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), at_once, 1e-4)
+
+
+def test_clamp(model_and_hparams, tiny_tokenizer):
+    model, hparams = model_and_hparams
+    hparams = replace(hparams, clamp_norm_factor=0.3)
+    found = fast(model, tiny_tokenizer, FACTS, hparams)
+    assert_alike(found, plain_target_values(model, tiny_tokenizer, FACTS, TEMPLATES, hparams))
+    ratio = (found.z - found.h0).norm(dim=1) / found.h0.norm(dim=1)
+    assert (ratio < 0.3 + 1e-5).all()
+    assert (ratio > 0.29).any()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": [0, 1], "v_loss_layer": 2},
+        {"kl_factor": 0.0},
+        {"kl_factor": 2.0},
+        {"v_num_grad_steps": 1},
+    ],
+)
+def test_hyperparameters(tiny_tokenizer, changes):
+    """A loss below the top; no KL term and a strong one; no update at all."""
+    model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES, **changes)
+    expected = plain_target_values(model, tiny_tokenizer, FACTS, TEMPLATES, hparams)
+    assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), expected)
+
+
+@pytest.mark.parametrize("changes", [{"layers": [1, 3]}, {"v_loss_layer": 2}])
+def test_no_layer_above_z(tiny_tokenizer, changes):
+    """Where the target's likelihood is read right at z, only a subject at the prompt's end has a gradient of it."""
+    model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES, **changes)
+    expected = plain_target_values(model, tiny_tokenizer, FACTS[4:5], TEMPLATES, hparams)
+    assert_alike(fast(model, tiny_tokenizer, FACTS[4:5], hparams), expected)
+
+
+def test_no_prefix_at_all(model_and_hparams, tiny_tokenizer):
+    """Every lookup token comes first: there is nothing to keep keys and values of."""
+    model, hparams = model_and_hparams
+    facts = [EditRequest(i, "{} is a", s, "king", "cat") for i, s in enumerate("XYZ")]
+    expected = plain_target_values(model, tiny_tokenizer, facts, (("{}",),), hparams)
+    assert_alike(fast(model, tiny_tokenizer, facts, hparams, (("{}",),)), expected)
+
+
+def test_a_request_does_not_depend_on_its_batch(model_and_hparams, tiny_tokenizer):
+    model, hparams = model_and_hparams
+    together = fast(model, tiny_tokenizer, FACTS, hparams)
+    draw = random.Random(0)
+    for _ in range(4):
+        chosen = draw.sample(range(len(FACTS)), draw.randint(1, len(FACTS) - 1))
+        found = fast(model, tiny_tokenizer, [FACTS[i] for i in chosen], hparams)
+        expected = TargetValues(
+            *(t[chosen] for t in (together.z, together.h0, together.losses, together.steps))
+        )
+        assert_alike(found, expected)
+
+
+def test_bfloat16_keeps_its_state_in_float32(tiny_tokenizer):
+    model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES)
+    exact = fast(model, tiny_tokenizer, FACTS, hparams)
+    found = fast(model.bfloat16(), tiny_tokenizer, FACTS, hparams)
+    assert found.z.dtype == found.h0.dtype == torch.float32
+    cosine = torch.cosine_similarity(found.z - found.h0, exact.z - exact.h0, dim=1)
+    assert (cosine > 0.9).all()
+    assert (found.losses < exact.losses + 0.5).all()
+
+
+def test_top_mlp_only_where_it_is_scored(tiny_tokenizer):
+    """The modules see suffixes only, the top layer's MLP and the head fewer positions still."""
+    model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES, v_num_grad_steps=1)
+    seen: dict[str, int] = {}
+    for name in ("model.layers.2.mlp.up_proj", "model.layers.3.mlp.up_proj", "lm_head"):
+        module = model.get_submodule(name)
+
+        def count(_module, args, name=name):
+            seen[name] = seen.get(name, 0) + args[0].numel() // args[0].shape[-1]
+
+        module.register_forward_pre_hook(count)
+    fact = REQUESTS[0]  # 3 prompts of " is Welsh" behind the lookup token; 6 of its letters are scored
+    stack = LayerStack(model, hparams)
+    stack.takes_trees([1, 2])  # asks the model, once
+    seen.clear()
+    compute_z(stack, tiny_tokenizer, [fact], TEMPLATES, hparams, progress=False)
+    prefix_pass = seen["model.layers.3.mlp.up_proj"] - (3 * 6 + 1)
+    assert seen["lm_head"] == 3 * 6 + 1
+    assert prefix_pass < seen["model.layers.2.mlp.up_proj"]
+
+
+def test_templates_without_the_bare_prompt(tiny_tokenizer):
+    with pytest.raises(SphereError, match="bare"):
+        fast(tiny_llama(), tiny_tokenizer, FACTS, tiny_hparams(LLAMA_MODULES), (("So. {}",),))
+
+
+def test_a_broken_model_is_named(tiny_tokenizer):
+    model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES)
+    model.get_parameter("model.layers.3.mlp.down_proj.weight").fill_(float("nan"))
+    with pytest.raises(SphereError, match=r"not finite at step 1 for case\(s\) \[0, 1"):
+        fast(model, tiny_tokenizer, FACTS, hparams)
+
+
+def test_requests_leave_one_after_the_other(tiny_tokenizer):
+    """The rows that stay are laid out anew, and keep the distribution that KL is taken from."""
+    model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES)
+    stack, flat = LayerStack(model, hparams), [t for group in TEMPLATES for t in group]
+    rows = [
+        row
+        for index, request in enumerate(FACTS)
+        for row in target_values._rows(tiny_tokenizer, index, request, flat, kl=True, merge=True)
+    ]
+    loop = target_values._Loop(stack, hparams, FACTS, rows, pad=0, batch_tokens=10_000)
+    delta = torch.zeros_like(loop.h0)
+    first = loop._losses(delta, gradient=False)
+    alive = [True] * len(FACTS)
+    width = loop.packs[0].recording.hidden.shape[1]
+    assert width >= max(len(row.suffix) for row in rows)
+    assert len(loop.packs[0].recording.hidden) < len(rows)  # rows share lines
+    for leaving in (3, 0, 5, 1, 4):
+        alive[leaving] = False
+        loop._drop(alive)
+        now = loop._losses(delta, gradient=False)
+        assert torch.allclose(now[torch.tensor(alive)], first[torch.tensor(alive)], rtol=1e-4)
+    assert {row.request for pack in loop.packs for row in pack.rows} == {2}
+
+
+def test_a_model_that_does_not_heed_masks(model_and_hparams, tiny_tokenizer, monkeypatch):
+    """Each row gets a line of its own."""
+    model, hparams = model_and_hparams
+    expected = fast(model, tiny_tokenizer, FACTS, hparams)
+    monkeypatch.setattr(LayerStack, "takes_trees", lambda *_: False)
+    assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), expected, 1e-4)
+
+
+def test_products_in_bfloat16(model_and_hparams, tiny_tokenizer):
+    """z moves by what rounding makes of it, h0 not at all, and the model is left as it was."""
+    model, hparams = model_and_hparams
+    stack = LayerStack(model, hparams)
+    exact, lower = (
+        compute_z(stack, tiny_tokenizer, FACTS, TEMPLATES, hparams, products=products, progress=False)
+        for products in (None, torch.bfloat16)
+    )
+    assert torch.equal(lower.h0, exact.h0)
+    delta, its = exact.z - exact.h0, lower.z - lower.h0
+    assert 1e-5 < (delta - its).norm() / delta.norm() < 0.2
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert torch.equal(
+        fast(model, tiny_tokenizer, FACTS, hparams).z, fast(model, tiny_tokenizer, FACTS, hparams).z
+    )
+
+
+@pytest.mark.parametrize("budget", [1, 7, 40, 1000])
+def test_lines(budget):
+    """Each row once, groups within the budget, little left empty."""
+    pick = random.Random(budget)
+    for count in (0, 1, 2, 30, 90):
+        lengths = [pick.randint(1, 12) for _ in range(count)]
+        groups = lines(lengths, budget)
+        assert sorted(i for group in groups for line in group for i in line) == list(range(count))
+        padded = 0
+        for group in groups:
+            filled = [sum(lengths[i] for i in line) for line in group]
+            assert len(group) == 1 or max(filled) * len(group) <= budget
+            padded += max(filled) * len(group)
+        if budget == 1000 and count == 90:
+            assert padded <= 1.05 * sum(lengths)

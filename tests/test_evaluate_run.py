@@ -1,0 +1,279 @@
+"""Scoring a whole run: files, resuming after a kill, and the sentence for each wrong folder, model or dataset."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sphere.checkpoints import write_checkpoint, write_config
+from sphere.data.records import Record
+from sphere.errors import SphereError
+from sphere.evaluation import evaluate_run as evaluation
+from sphere.evaluation.evaluate_run import CaseFile, evaluate_run
+from sphere.evaluation.scoring import RecordScorer, score_records
+from sphere.requests import EditRequest
+from sphere.weights import EditedWeights
+
+ROOT = Path(__file__).parents[1]
+NAMES = ["model.layers.0.mlp.down_proj.weight", "model.layers.1.mlp.down_proj.weight"]
+
+
+def tiny_tokenizer():
+    """Byte-level, one token per byte."""
+    alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def tiny_model(seed=0, hidden_size=16, layers=2):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden_size,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def counterfact(n):
+    return [
+        Record(
+            10 + i,
+            EditRequest(10 + i, "The home of {} is", f"person {i}", "Rome", "Oslo"),
+            paraphrase_prompts=(f"person {i} lives in",),
+            neighborhood=((f"The home of neighbor {i} is", None), (f"{i} came from", None)),
+        )
+        for i in range(n)
+    ]
+
+
+def zsre(n):
+    return [
+        Record(
+            i,
+            EditRequest(i, "Where is {}?", f"person {i}", "in Rome"),
+            "zsre",
+            paraphrase_prompts=(f"Where did person {i} go?",),
+            neighborhood=((f"nq question: who is {i}?", "somebody"),),
+        )
+        for i in range(n)
+    ]
+
+
+def changed(model, scale, seed=1):
+    """The edited weights with noise, as a checkpoint keeps them."""
+    torch.manual_seed(seed)
+    return {name: w + scale * torch.randn_like(w) for name, w in EditedWeights(model, NAMES).stored().items()}
+
+
+def make_run(folder, model, steps=(4, 9), case_ids=range(10, 19), **config):
+    for n in (0, *steps):
+        write_checkpoint(folder, n, changed(model, 0.05 * n))
+    write_config(folder, {"case_ids": list(case_ids), "alg_name": "test", **config})
+
+
+@pytest.fixture
+def setting(tmp_path):
+    model = tiny_model()
+    make_run(tmp_path, model)
+    return model, tiny_tokenizer(), tmp_path
+
+
+def evaluate(setting, records, **options):
+    return evaluate_run(*setting, records, progress=False, **options)
+
+
+def test_rows_are_the_scores_of_each_checkpoint_on_its_edits(setting):
+    model, tokenizer, folder = setting
+    before = EditedWeights(model, NAMES).stored()
+    records = counterfact(12)[::-1]  # the order of editing is the run's, not the dataset's
+    summary = evaluate(setting, records)
+    assert json.loads((folder / "summary" / "summary.json").read_text()) == summary
+    assert [(r["label"], r["n_edits"]) for r in summary["checkpoints"]] == [
+        ("unedited", 0),
+        ("edit_4", 4),
+        ("edit_9", 9),
+    ]
+    assert [r["metrics"]["n_cases"] for r in summary["checkpoints"]] == [9, 4, 9]
+    assert summary["checkpoints"][1]["unedited"]["n_cases"] == 4
+    assert summary["checkpoints"][2]["unedited"] == summary["checkpoints"][0]["metrics"]
+    assert set(summary["checkpoints"][2]["retention"]) == {"first", "middle", "last"}
+    assert "case_ids" not in summary["run"]
+    for name, weight in EditedWeights(model, NAMES).stored().items():
+        assert torch.equal(weight, before[name])
+
+    EditedWeights(model, NAMES).restore(changed(model, 0.05 * 4))
+    expected = score_records(model, tokenizer, counterfact(4), progress=False)
+    lines = (folder / "summary" / "cases_edit_4.jsonl").read_text().splitlines()
+    found = [json.loads(line)["case"] for line in lines[1:]]
+    assert [case["case_id"] for case in found] == [10, 11, 12, 13]
+    for case, other in zip(found, expected, strict=True):
+        assert case["rewrite"][0]["nll_new"] == pytest.approx(other["rewrite"][0]["nll_new"], abs=1e-5)
+        assert case["rewrite"][0]["prompt"] == other["rewrite"][0]["prompt"]
+
+
+def test_published_run_without_configuration(tmp_path):
+    model = tiny_model()
+    torch.save({"weight": changed(model, 0.1)}, tmp_path / "edit_3.pth")
+    summary = evaluate((model, tiny_tokenizer(), tmp_path), counterfact(5))
+    assert [r["metrics"]["n_cases"] for r in summary["checkpoints"]] == [3, 3]
+    assert summary["checkpoints"][1]["checkpoint"] == "edit_3.pth"
+
+
+def test_zsre_neighbors_against_the_unedited_prediction(tmp_path):
+    model = tiny_model()
+    make_run(tmp_path, model, steps=(6,), case_ids=range(6))
+    unedited, edited = evaluate((model, tiny_tokenizer(), tmp_path), zsre(6))["checkpoints"]
+    assert unedited["metrics"]["neighborhood_accuracy_unedited_prediction"]["mean"] == 100
+    assert edited["metrics"]["neighborhood_accuracy_unedited_prediction"]["mean"] < 100
+
+
+def test_finished_cases_are_not_scored_again(setting, monkeypatch):
+    records = counterfact(9)
+    summary = evaluate(setting, records)
+    asked = []
+    score = RecordScorer.score
+
+    def counting(self, records, progress=True):
+        asked.extend(record.case_id for record in records)
+        return score(self, records, progress)
+
+    monkeypatch.setattr(RecordScorer, "score", counting)
+    monkeypatch.setattr(evaluation, "CHUNK", 3)
+    assert evaluate(setting, records) == summary
+    assert asked == []
+
+    path = setting[2] / "summary" / "cases_edit_9.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])  # as a kill leaves it
+    evaluate(setting, records)
+    assert asked == [16, 17, 18]  # the chunk that is not whole
+
+    asked.clear()  # another checkpoint under the same name
+    write_checkpoint(setting[2], 4, changed(setting[0], 0.3, seed=5))
+    evaluate(setting, records)
+    assert asked == [10, 11, 12, 13]
+
+    asked.clear()  # another record under the same id
+    changed_record = Record(15, EditRequest(15, "{} is at", "x", "Rome", "Oslo"))
+    evaluate(setting, [changed_record, *records[:5], *records[6:]])
+    assert asked == [13, 14, 15] * 2
+
+
+def test_killed_and_restarted_gives_the_same_summary(tmp_path):
+    """A process killed in the middle of the last checkpoint, then run again, beside one left alone."""
+    script = textwrap.dedent(
+        f"""
+        import os, signal, sys
+        sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        import sphere.evaluation.evaluate_run as evaluation
+        from test_evaluation import counterfact, tiny_model, tiny_tokenizer
+        evaluation.CHUNK = 2
+        def run(folder):
+            evaluation.evaluate_run(tiny_model(), tiny_tokenizer(), folder, counterfact(9), progress=False)
+        append, calls = evaluation.CaseFile.append, []
+        def killing(self, records, cases):
+            append(self, records, cases)
+            calls.append(1)
+            if len(calls) == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+        child = os.fork()
+        if not child:
+            evaluation.CaseFile.append = killing
+            run(sys.argv[1])
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        assert not os.path.exists(sys.argv[1] + "/summary/summary.json")
+        run(sys.argv[1])
+        run(sys.argv[2])
+        """
+    )
+    first, second = tmp_path / "killed", tmp_path / "alone"
+    make_run(first, tiny_model())
+    shutil.copytree(first, second)
+    command = [sys.executable, "-c", script, str(first), str(second)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    summaries = [json.loads((f / "summary" / "summary.json").read_text()) for f in (first, second)]
+    for summary in summaries:
+        del summary["folder"]
+    assert summaries[0] == summaries[1]
+    for name in ("cases_edit_0.jsonl", "cases_edit_4.jsonl", "cases_edit_9.jsonl"):
+        assert (first / "summary" / name).read_bytes() == (second / "summary" / name).read_bytes()
+
+
+def test_case_file_ignores_other_headers_and_torn_lines(tmp_path):
+    records = counterfact(3)
+    path = tmp_path / "cases.jsonl"
+    file = CaseFile(path, {"of": "a"})
+    file.begin([])
+    file.append(records[:2], [{"case_id": 10}, {"case_id": 11}])
+    with path.open("a") as out:
+        out.write('{"record": "')
+    again = CaseFile(path, {"of": "a"})
+    assert [again.get(r) for r in records] == [{"case_id": 10}, {"case_id": 11}, None]
+    again.begin(records[1:2])
+    assert path.read_text().count("\n") == 2
+    assert [again.get(r) for r in records] == [None, {"case_id": 11}, None]
+    assert CaseFile(path, {"of": "b"}).get(records[0]) is None
+
+
+def test_wrong_folder(tmp_path):
+    setting = tiny_model(), tiny_tokenizer()
+    with pytest.raises(SphereError, match="No folder"):
+        evaluate((*setting, tmp_path / "none"), counterfact(3))
+    with pytest.raises(SphereError, match="No checkpoints"):
+        evaluate((*setting, tmp_path), counterfact(3))
+    write_checkpoint(tmp_path, 0, changed(setting[0], 0))
+    with pytest.raises(SphereError, match="no edits yet"):
+        evaluate((*setting, tmp_path), counterfact(3))
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"seed": 7}, "differs by .* before any edit"),
+        ({"hidden_size": 32}, "has shape"),
+        ({"layers": 1}, "has no weight 'model.layers.1.mlp.down_proj.weight'"),
+    ],
+)
+def test_checkpoint_of_another_model(setting, other, message):
+    with pytest.raises(SphereError, match=message) as error:
+        evaluate((tiny_model(**other), *setting[1:]), counterfact(9))
+    assert "is of another model" in str(error.value)
+    assert "--model_name" in str(error.value)
+
+
+def test_dataset_shorter_than_the_edits(setting):
+    with pytest.raises(
+        SphereError, match=r"made 9 edits, of which the dataset holds only 5 .*--dataset_size"
+    ):
+        evaluate(setting, counterfact(5))
+
+
+def test_another_dataset(setting):
+    write_config(setting[2], {"ds_name": "mcf"})
+    with pytest.raises(SphereError, match="give --ds_name=mcf"):
+        evaluate(setting, counterfact(9), ds_name="cf")
+
+
+def test_same_model_in_less_precision(setting):
+    model, tokenizer, folder = setting
+    evaluate((model.to(torch.bfloat16), tokenizer, folder), counterfact(9))

@@ -1,0 +1,146 @@
+"""Second moments: equal to one layer per pass, one document at a time; kept on disk under what decides them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import GPT2_MODULES, LLAMA_MODULES, tiny_gpt2, tiny_hparams, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.plain import moments as plain
+from sphere import SphereError
+from sphere.forward.layers import LayerStack
+from sphere.values.layer_stats import SecondMoments, _Sum, layer_stats
+
+MODELS = {"llama": (tiny_llama, LLAMA_MODULES), "gpt2": (tiny_gpt2, GPT2_MODULES)}
+DOCUMENTS = [list(range(3, 3 + n)) for n in (5, 40, 1, 17, 17, 2, 33, 9)]
+
+
+@pytest.fixture(params=list(MODELS))
+def stack(request) -> LayerStack:
+    make, modules = MODELS[request.param]
+    return LayerStack(make(), tiny_hparams(modules, layers=[0, 2]))
+
+
+@pytest.mark.parametrize("batch_tokens", [16, 100, 4096])
+@pytest.mark.parametrize("device", [None, torch.device("cpu")])
+def test_equals_one_layer_per_pass_one_document_at_a_time(stack, batch_tokens, device):
+    """Whatever the batches, padding counts for nothing."""
+    found, count = layer_stats(stack, iter(DOCUMENTS), batch_tokens=batch_tokens, pad=7, device=device)
+    assert count == sum(map(len, DOCUMENTS))
+    assert list(found) == [0, 2]
+    for layer, moment in found.items():
+        expected = plain.second_moment(stack.model, stack.rewrite[layer], DOCUMENTS)
+        assert moment.dtype == torch.float64
+        assert (moment - expected).norm() < 1e-5 * expected.norm()
+        assert torch.equal(moment, moment.T)
+        assert torch.linalg.eigvalsh(moment).min() > -1e-6 * moment.diagonal().max()
+
+
+def test_nothing_above_the_highest_layer_is_run(stack):
+    calls = []
+    stack.layers[3].register_forward_hook(lambda *_: calls.append(3))
+    layer_stats(stack, DOCUMENTS, batch_tokens=100)
+    assert not calls
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1), size=st.integers(1, 300), counts=st.lists(st.integers(1, 9), min_size=1)
+)
+def test_strips_of_the_lower_triangle_make_the_whole_sum(seed, size, counts):
+    generator = torch.Generator().manual_seed(seed)
+    total, parts = (
+        _Sum(size, torch.device("cpu")),
+        [torch.randn(n, size, generator=generator) for n in counts],
+    )
+    for part in parts:
+        total.add(part)
+    keys = torch.cat(parts).double()
+    assert (total.whole() - keys.T @ keys).norm() < 1e-5 * (keys.T @ keys).norm()
+
+
+def test_many_tokens_lose_nothing_to_float32():
+    """Blocks are added in float64: a float32 sum would stop growing."""
+    total, keys = _Sum(2, torch.device("cpu")), torch.tensor([[1.0, 0.5]])
+    total.total.fill_(2.0**24)
+    for _ in range(5):
+        total.add(keys)
+    assert total.whole()[0, 0] == 2**24 + 5
+
+
+def moments_of(folder, tokenizer, model=None, **options) -> SecondMoments:
+    hparams = tiny_hparams(LLAMA_MODULES)
+    stack = LayerStack(tiny_llama() if model is None else model, hparams)
+    return SecondMoments(stack, tokenizer, hparams, folder, progress=False, **options)
+
+
+def test_kept_on_disk_and_read_again(tmp_path, tiny_tokenizer, monkeypatch):
+    first = moments_of(tmp_path, tiny_tokenizer)
+    kept = {layer: first.get(layer) for layer in (1, 2)}
+    assert kept[1].dtype == torch.float32
+    monkeypatch.setattr("sphere.values.layer_stats.layer_stats", None)  # would be an error
+    again = moments_of(tmp_path, tiny_tokenizer)
+    for layer in (1, 2):
+        assert torch.equal(again.get(layer), kept[layer])
+        assert first.path(layer).exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_every_deciding_thing_has_its_own_file(tmp_path, tiny_tokenizer):
+    base = moments_of(tmp_path, tiny_tokenizer)
+    others = [
+        moments_of(tmp_path, tiny_tokenizer, model=tiny_llama(seed=1)),
+        moments_of(tmp_path, tiny_tokenizer, seed=1),
+    ]
+    for key in ("mom2_n_samples", "mom2_dtype"):
+        other = moments_of(tmp_path, tiny_tokenizer)
+        other.hparams = replace(other.hparams, **{key: 9 if key == "mom2_n_samples" else "float64"})
+        others.append(other)
+    paths = {moments.path(1) for moments in [base, *others]}
+    assert len(paths) == 5
+    assert base.path(1) == moments_of(tmp_path, tiny_tokenizer).path(1)
+
+
+def test_a_damaged_file_is_computed_again(tmp_path, tiny_tokenizer, caplog):
+    first = moments_of(tmp_path, tiny_tokenizer)
+    expected = first.get(1)
+    first.path(1).write_bytes(b"damaged")
+    assert torch.equal(moments_of(tmp_path, tiny_tokenizer).get(1), expected)
+    assert "damaged" in caplog.text
+
+
+def test_a_given_moment_needs_no_corpus(tmp_path, tiny_tokenizer):
+    moments = moments_of(tmp_path, tiny_tokenizer)
+    moments.set(1, torch.eye(48))
+    assert torch.equal(moments.get(1), torch.eye(48))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_local_corpus_is_known_by_its_content(tmp_path, tiny_tokenizer):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("The mother tongue of Ann.\nA second line.\n", "utf-8")
+    moments = moments_of(tmp_path / "stats", tiny_tokenizer)
+    moments.hparams = replace(moments.hparams, mom2_dataset=str(corpus), mom2_n_samples=2)
+    path = moments.path(1)
+    assert torch.isfinite(moments.get(1)).all()
+    corpus.write_text("Something else.\n", "utf-8")
+    changed = moments_of(tmp_path / "stats", tiny_tokenizer)
+    changed.hparams = moments.hparams
+    assert changed.path(1) != path
+
+
+def test_errors_say_what_to_change(tmp_path, tiny_tokenizer, stack):
+    with pytest.raises(SphereError, match="mom2_dataset"):
+        layer_stats(stack, [], batch_tokens=100)
+    broken = tiny_llama()
+    broken.model.layers[0].mlp.down_proj.weight.fill_(float("inf"))
+    text = tmp_path / "text.txt"
+    text.write_text("One line of text.\n", "utf-8")
+    moments = moments_of(tmp_path, tiny_tokenizer, model=broken)
+    moments.hparams = replace(moments.hparams, mom2_dataset=str(text))
+    with pytest.raises(SphereError, match="--dtype"):
+        moments.get(1)

@@ -1,0 +1,248 @@
+"""The solve behind AlphaEdit and MEMIT: equal to the dense solves, batch after batch, and to itself after a resume."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from benchmarks.plain import solves as plain
+from sphere import SphereError
+from sphere.methods.null_space import null_space_projector
+from sphere.methods.sequential_solve import SequentialSolve, inverse_moment, keep_keys, load_keys, save_keys
+
+CPU = torch.device("cpu")
+IN, RIDGE, WEIGHT = 24, 2.0, 3.0
+quick = settings(max_examples=25, deadline=None)
+
+
+def moment(seed: int = 0, size: int = IN) -> Tensor:
+    """E[k k^T] (in x in) float64 with eigenvalues from 1e-3 to 10."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    return basis * torch.logspace(-3, 1, size, dtype=torch.float64) @ basis.T
+
+
+def batches(seed: int, counts: list[int], size: int = IN) -> list[Tensor]:
+    """Keys (in x n) of some batches, in float32 as models give them."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, n, generator=generator) for n in counts]
+
+
+def alphaedit_solve(threshold: float = 0.3) -> tuple[SequentialSolve, Tensor]:
+    """The solve, and the dense P (in x in) of the same projector."""
+    projector = null_space_projector(moment(), threshold)
+    dense = projector.apply(torch.eye(IN, dtype=torch.float64))
+    return SequentialSolve(projector.apply, RIDGE, "layer 0"), dense
+
+
+def memit_solve() -> SequentialSolve:
+    return SequentialSolve(inverse_moment(moment(), WEIGHT, "layer 0"), 1.0, "layer 0")
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+counts_of_batches = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+
+
+@quick
+@given(seed=st.integers(0, 2**31 - 1), counts=counts_of_batches, threshold=st.sampled_from([0.01, 0.3, 100]))
+def test_alphaedit_equals_the_dense_solve(seed, counts, threshold):
+    """In every batch of a run, on both sides of the change from S - Z Z^T to a matrix."""
+    solve, p = alphaedit_solve(threshold)
+    cache = torch.zeros(IN, IN, dtype=torch.float64)
+    for keys in batches(seed, counts):
+        expected = plain.alphaedit(p, keys.double(), cache, RIDGE)
+        assert relative(solve.solve(keys), expected) < 1e-6
+        solve.append(keys)
+        cache += keys.double() @ keys.double().T
+    assert solve.n_keys == sum(counts)
+
+
+@quick
+@given(seed=st.integers(0, 2**31 - 1), counts=counts_of_batches)
+def test_memit_equals_the_dense_solve(seed, counts):
+    alone, sequential = memit_solve(), memit_solve()
+    cache = torch.zeros(IN, IN, dtype=torch.float64)
+    for keys in batches(seed, counts):
+        expected = plain.memit(moment(), keys.double(), None, WEIGHT)
+        assert relative(alone.solve(keys), expected) < 1e-8
+        expected = plain.memit(moment(), keys.double(), cache, WEIGHT)
+        assert relative(sequential.solve(keys), expected) < 1e-8
+        sequential.append(keys)
+        cache += keys.double() @ keys.double().T
+
+
+@quick
+@given(seed=st.integers(0, 2**31 - 1), cut=st.integers(1, 11))
+def test_earlier_keys_count_the_same_in_one_batch_or_two(seed, cut):
+    first, keys = batches(seed, [12, 5])
+    whole, parts = alphaedit_solve()[0], alphaedit_solve()[0]
+    whole.append(first)
+    parts.append(first[:, :cut])
+    parts.append(first[:, cut:])
+    assert relative(parts.solve(keys), whole.solve(keys)) < 1e-10
+
+
+def test_order_of_earlier_batches_does_not_matter():
+    *earlier, keys = batches(1, [4, 7, 3, 20, 5])
+    forwards, backwards = alphaedit_solve()[0], alphaedit_solve()[0]
+    for block in earlier:
+        forwards.append(block)
+    for block in earlier[::-1]:
+        backwards.append(block)
+    assert relative(backwards.solve(keys), forwards.solve(keys)) < 1e-10
+
+
+def test_solving_does_not_change_the_state():
+    first, keys, other = batches(2, [6, 5, 5])
+    solve = alphaedit_solve()[0]
+    solve.append(first)
+    expected = solve.solve(keys)
+    solve.solve(other)
+    assert torch.equal(solve.solve(keys), expected)
+    assert len(solve.blocks) == 1
+
+
+def test_an_update_stays_in_the_null_space():
+    solve, p = alphaedit_solve()
+    for keys in batches(3, [5, 30, 5]):
+        x = solve.solve(keys)
+        assert relative(p @ x, x) < 1e-6
+        solve.append(keys)
+
+
+def test_keys_edited_before_are_hardly_moved():
+    """The more often a key was edited, the less a later batch with other keys changes its value."""
+    first, keys = batches(4, [3, 5])
+    fresh, seen = memit_solve(), memit_solve()
+    for _ in range(50):
+        seen.append(first)
+    assert (first.double().T @ seen.solve(keys)).norm() < 0.1 * (first.double().T @ fresh.solve(keys)).norm()
+
+
+def test_thousands_of_keys_in_few_dimensions():
+    """Rounding does not add up over many more keys than `in`."""
+    solve, p = alphaedit_solve()
+    cache = torch.zeros(IN, IN, dtype=torch.float64)
+    for keys in batches(5, [20] * 150):
+        last = solve.solve(keys)
+        expected, cache = (
+            plain.alphaedit(p, keys.double(), cache, RIDGE),
+            cache + keys.double() @ keys.double().T,
+        )
+        solve.append(keys)
+    assert relative(last, expected) < 1e-6
+    held = [solve._t, *solve._taken]
+    assert sum(t.numel() for t in held if t is not None) == IN * IN
+
+
+@pytest.mark.parametrize("kind", ["alphaedit", "memit"])
+@pytest.mark.parametrize("stop", [1, 3, 6])
+@pytest.mark.parametrize("solved", [True, False])
+def test_a_resumed_run_gives_the_same_bits(kind, stop, solved):
+    """Keys come transposed from a model and contiguous from a file; batches go from S - Z Z^T over to a matrix."""
+
+    def make() -> SequentialSolve:
+        return alphaedit_solve()[0] if kind == "alphaedit" else memit_solve()
+
+    blocks = [keys.T.contiguous().T for keys in batches(6, [5] * 8)]
+    whole, results = make(), []
+    for keys in blocks:
+        if solved:
+            results.append(whole.solve(keys))
+        whole.append(keys)
+    first = make()
+    for keys in blocks[:stop]:
+        first.append(keys)
+    saved = {name: block.clone().contiguous() for name, block in save_keys({4: first}).items()}
+    resumed = make()
+    load_keys({4: resumed}, saved, {4: CPU})
+    for number, keys in enumerate(blocks[stop:], stop):
+        if solved:
+            assert torch.equal(resumed.solve(keys), results[number])
+        resumed.append(keys)
+    probe = batches(7, [4])[0]
+    assert torch.equal(resumed.solve(probe), whole.solve(probe))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 4, 6, 7])
+def test_forgetting_batches_gives_the_state_of_then(kept):
+    blocks, probe = batches(8, [5] * 7), batches(9, [4])[0]
+    whole, short = alphaedit_solve()[0], alphaedit_solve()[0]
+    for keys in blocks:
+        whole.append(keys)
+    for keys in blocks[:kept]:
+        short.append(keys)
+    names = list(save_keys({0: short}))
+    keep_keys({0: whole}, names)
+    assert torch.equal(whole.solve(probe), short.solve(probe))
+    assert whole.n_keys == short.n_keys
+    for keys in blocks[kept:]:  # and it goes on like that state
+        whole.append(keys)
+        short.append(keys)
+    assert torch.equal(whole.solve(probe), short.solve(probe))
+
+
+def test_what_is_saved_has_its_own_name_per_layer_and_batch():
+    solves = {3: memit_solve(), 5: memit_solve()}
+    for solve, seed in zip(solves.values(), (0, 1), strict=True):
+        for keys in batches(seed, [2, 3]):
+            solve.append(keys)
+    saved = save_keys(solves)
+    assert set(saved) == {"keys.3.0", "keys.3.1", "keys.5.0", "keys.5.1"}
+    assert saved["keys.5.1"].shape == (IN, 3)
+    assert saved["keys.5.1"].dtype == torch.float32
+
+
+def test_float64_keys_are_solved_as_they_are():
+    keys = batches(10, [4])[0].double() + 1e-10
+    solve, p = alphaedit_solve()
+    expected = plain.alphaedit(p, keys, torch.zeros(IN, IN, dtype=torch.float64), RIDGE)
+    assert relative(solve.solve(keys), expected) < 1e-10
+
+
+def test_the_guard_sees_a_state_that_went_wrong():
+    first, keys = batches(11, [6, 5])
+    for count in (1, 6):  # kept as Z; kept as a matrix
+        solve = alphaedit_solve()[0]
+        for _ in range(count):
+            solve.append(first)
+        solve.solve(keys)
+        for state in [*solve._taken, *([] if solve._t is None else [solve._t])]:
+            state.mul_(1.001)
+        with pytest.raises(SphereError, match="L2"):
+            solve.solve(keys)
+
+
+def test_inverse_moment():
+    second, keys = moment(1).float(), batches(12, [4])[0].double()
+    before = second.clone()
+    spread = inverse_moment(second, WEIGHT, "layer 0")(keys)
+    assert relative(WEIGHT * second.double() @ spread, keys) < 1e-8
+    assert torch.equal(second, before)
+
+
+def test_a_second_moment_that_rounding_made_indefinite_is_mended():
+    second = moment(2)
+    values, vectors = torch.linalg.eigh(second)
+    values[0] = -1e-7
+    spread = inverse_moment(vectors * values @ vectors.T, 1.0, "layer 0")(vectors[:, -1:])
+    assert relative(spread, vectors[:, -1:] / values[-1]) < 1e-4
+
+
+def test_errors_say_what_to_change():
+    with pytest.raises(SphereError, match="L2"):
+        SequentialSolve(lambda k: k, 0.0, "layer 0")
+    with pytest.raises(SphereError, match="mom2_n_samples"):
+        inverse_moment(-torch.eye(4), 1.0, "layer 0")
+    with pytest.raises(SphereError, match="mom2_update_weight"):
+        inverse_moment(torch.eye(4), 0.0, "layer 0")
+    with pytest.raises(SphereError, match="finite"):
+        memit_solve().solve(torch.full((IN, 2), float("nan")))
+    with pytest.raises(SphereError, match="positive definite"):
+        SequentialSolve(lambda k: -k, 1.0, "layer 0").solve(torch.ones(IN, 2))
