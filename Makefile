@@ -39,7 +39,7 @@ demo: setup
 	$(BIN)/python -m experiments.sweep sweep_dir=$(DEMO) beta_hse=0,0.5 use_cache=true
 
 test: setup-dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
 
 bench: setup-dev
 	$(BIN)/python -m benchmarks

@@ -71,7 +71,7 @@ STAGES = (Z, KEYS, SOLVE, PROJECTION, REST)
 FAST_PLACES = (
     Place(Workspace, "target_values", Z),
     Place(Workspace, "activations", KEYS),
-    Place(ActivationsPass, "keys", KEYS),
+    Place(ActivationsPass, "compute_ks", KEYS),
     Place(ActivationsPass, "outputs", KEYS),
     Place(AlphaEdit, "updates", SOLVE),  # what the stages within it leave of it
     Place(Sphere, "apply", PROJECTION),

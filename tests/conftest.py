@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread: tiny models gain nothing by more, and threads that wait for a busy core cost minutes. Before PyTorch is
+# imported, so that processes that tests start are alike.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from pathlib import Path
 
 import pytest

@@ -183,7 +183,7 @@ def test_killed_and_restarted_gives_the_same_summary(tmp_path):
         import os, signal, sys
         sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
         import sphere.evaluation.evaluate_run as evaluation
-        from test_evaluation import counterfact, tiny_model, tiny_tokenizer
+        from test_evaluate_run import counterfact, tiny_model, tiny_tokenizer
         evaluation.CHUNK = 2
         def run(folder):
             evaluation.evaluate_run(tiny_model(), tiny_tokenizer(), folder, counterfact(9), progress=False)

@@ -132,7 +132,7 @@ def test_no_more_directions_than_the_rank(shape, dtype):
         assert torch.isfinite(found.basis).all()
     found = principal_directions(weight, 1.0)
     assert found.rank == 5
-    assert found.share == pytest.approx(1)
+    assert found.fraction == pytest.approx(1)
     delta = weight.double() @ matrix(4, shape[1], shape[1])
     inside = delta @ found.basis.double()
     kept = project_update(delta, weight, 1.0, 1.0)
@@ -194,8 +194,8 @@ def test_orthonormal_rows(noise):
         (torch.full((3, 4), float("inf")), 0.5, "finite"),
         (torch.ones(4), 0.5, "matrix"),
         (torch.ones(0, 4), 0.5, "matrix"),
-        (torch.ones(3, 4), 1.5, "--beta_hse"),
-        (torch.ones(3, 4), -0.1, "--beta_hse"),
+        (torch.ones(3, 4), 1.5, "beta_hse"),
+        (torch.ones(3, 4), -0.1, "beta_hse"),
     ],
 )
 def test_errors_name_what_is_wrong(weight, beta, said):
@@ -206,5 +206,5 @@ def test_errors_name_what_is_wrong(weight, beta, said):
 def test_update_and_weight_must_agree():
     with pytest.raises(SphereError, match="shape"):
         project_update(torch.ones(3, 4), torch.ones(4, 3), 0.5, 0.5)
-    with pytest.raises(SphereError, match="--alpha"):
+    with pytest.raises(SphereError, match="alpha"):
         project_update(torch.ones(3, 4), torch.ones(3, 4), 0.5, 1.5)

@@ -124,7 +124,7 @@ def changed_config() -> Any:
         {"batch_tokens": 300},
         {"z_matmul_dtype": torch.bfloat16},
     ],
-    ids=str,
+    ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items() if not callable(v)) or None,
 )
 def test_nothing_stale_is_used(change: dict[str, Any], space: Any, computed: list[int]) -> None:
     space().target_values(REQUESTS)
@@ -165,7 +165,7 @@ def test_another_tokenizer_has_its_own(space: Any, computed: list[int], tiny_tok
 
 
 @pytest.mark.parametrize(
-    ("file", "matters"), [("target_values.py", True), ("layers.py", True), ("rules.py", False)]
+    ("file", "matters"), [("compute_z.py", True), ("layers.py", True), ("rules.py", False)]
 )
 def test_other_code_has_its_own(
     file: str, matters: bool, space: Any, computed: list[int], monkeypatch: pytest.MonkeyPatch
