@@ -52,8 +52,9 @@ from sphere.data.records import Record, load_records
 from sphere.editor import Editor
 from sphere.evaluation.scoring import RecordScorer
 from sphere.evaluation.summary import SCORES, summarise
+from sphere.forward.passes import PassOptions
 from sphere.hparams import HParams
-from sphere.methods import Workspace
+from sphere.methods import Services
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.models import DEFAULT_MODEL
 from sphere.rules import Sphere
@@ -69,8 +70,8 @@ Z, KEYS, SOLVE, PROJECTION = "target values z", "keys and residuals", "solve", "
 REST, TOTAL = "writing and the rest", "total"
 STAGES = (Z, KEYS, SOLVE, PROJECTION, REST)
 FAST_PLACES = (
-    Place(Workspace, "target_values", Z),
-    Place(Workspace, "activations", KEYS),
+    Place(Services, "compute_z", Z),
+    Place(Services, "activations", KEYS),
     Place(ActivationsPass, "compute_ks", KEYS),
     Place(ActivationsPass, "outputs", KEYS),
     Place(AlphaEdit, "updates", SOLVE),  # what the stages within it leave of it
@@ -164,15 +165,22 @@ def make_editors(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Na
         "model_label": DEFAULT_MODEL,
         "stats_dir": args.stats_dir,
         "progress": False,
-        "given_templates": generate_context_templates(model, tokenizer, SEED),
+        "context_templates": generate_context_templates(model, tokenizer, SEED),
     }
     editors = [
-        Editor(model, tokenizer, METHOD, hparams, z_matmul_dtype=Z_MATMUL_DTYPES[products], **options)
-        for products in args.products
+        Editor(
+            model,
+            tokenizer,
+            METHOD,
+            hparams,
+            passes=PassOptions(z_matmul_dtype=Z_MATMUL_DTYPES[name]),
+            **options,
+        )
+        for name in args.products
     ]
     for editor in editors:
         for layer in hparams.layers:
-            editor.workspace.moments.get(layer)
+            editor.services.second_moment(layer)
     return editors
 
 
@@ -189,17 +197,23 @@ def fast_stack(editor: Editor, device: torch.device) -> Stack:
 
 def plain_stack(editor: Editor, device: torch.device) -> Stack:
     """The plain loop, with the model, the templates and the second moments of an editor."""
-    work, hparams = editor.workspace, editor.method.hparams
+    edited, services, hparams = editor.edited, editor.services, editor.method.hparams
 
     def projectors() -> dict[int, Tensor]:
         return {
-            layer: plain_solves.projector(work.moments.get(layer), hparams.nullspace_threshold)
+            layer: plain_solves.projector(services.second_moment(layer), hparams.nullspace_threshold)
             for layer in hparams.layers
         }
 
     seconds, dense = time_of(projectors, device)
     plain = plain_editing.PlainEditor(
-        work.model, work.tokenizer, hparams, work.templates, dense, beta_hse=BETA_HSE, alpha=ALPHA
+        edited.model,
+        edited.tokenizer,
+        hparams,
+        services.context_templates,
+        dense,
+        beta_hse=BETA_HSE,
+        alpha=ALPHA,
     )
     return Stack(plain.edit, plain.weights, PLAIN_PLACES, StageClock(device, [Z]), seconds, dense)
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sphere.editor import BatchReport, Editor
     from sphere.errors import SphereError
+    from sphere.forward.passes import PassOptions
     from sphere.hparams import HParams, hparams_from_dict, load_hparams
-    from sphere.methods import Method, Workspace, available_methods, get_method
+    from sphere.methods import EditedModel, Method, Services, available_methods, get_method
     from sphere.models import DEFAULT_MODEL, load_model
     from sphere.projection import PrincipalDirections, principal_directions, project_update
     from sphere.requests import EditRequest
@@ -29,13 +30,15 @@ _HOMES = {
     "BatchReport": "editor",
     "DEFAULT_MODEL": "models",
     "EditRequest": "requests",
+    "EditedModel": "methods",
     "EditedWeights": "weights",
     "Editor": "editor",
     "HParams": "hparams",
     "Method": "methods",
+    "PassOptions": "forward.passes",
     "PrincipalDirections": "projection",
+    "Services": "methods",
     "SphereError": "errors",
-    "Workspace": "methods",
     "available_methods": "methods",
     "get_method": "methods",
     "hparams_from_dict": "hparams",
@@ -49,13 +52,15 @@ __all__ = [
     "DEFAULT_MODEL",
     "BatchReport",
     "EditRequest",
+    "EditedModel",
     "EditedWeights",
     "Editor",
     "HParams",
     "Method",
+    "PassOptions",
     "PrincipalDirections",
+    "Services",
     "SphereError",
-    "Workspace",
     "available_methods",
     "get_method",
     "hparams_from_dict",

@@ -30,8 +30,8 @@ from sphere.baselines.mend.networks import MendEditor
 from sphere.editor import Editor
 from sphere.forward.layers import LayerStack
 from sphere.hparams import ModuleHParams, hparams_from_dict
-from sphere.methods import Workspace, available_methods, get_method
-from sphere.methods.ft import TeacherForcing
+from sphere.methods import EditedModel, available_methods, get_method
+from sphere.methods.teacher_forcing import TeacherForcing
 from sphere.requests import EditRequest
 
 HPARAMS = Path(__file__).parents[1] / "hparams"
@@ -121,29 +121,29 @@ def tiny_editor(
     model: nn.Module, method: str, hparams: ModuleHParams, folder: Path, beta_hse: float = 0.0
 ) -> Editor:
     """An editor whose second moments and trained networks need no corpus and no training."""
-    options = {"stats_dir": folder, "progress": False, "given_templates": TEMPLATES}
+    options = {"stats_dir": folder, "progress": False, "context_templates": TEMPLATES}
     editor = Editor(model, tiny_tokenizer(), method, hparams, beta_hse=beta_hse, alpha=0.5, **options)
     if hasattr(hparams, "mom2_dataset"):
         for layer in hparams.layers:
             generator = torch.Generator().manual_seed(layer)
             keys = torch.randn(
-                editor.weights.get(editor.workspace.stack.weight_name(layer)).shape[1],
+                editor.edited.weight(layer).shape[1],
                 200,
                 generator=generator,
             )
-            editor.workspace.moments.set(layer, keys @ keys.T / 200)
+            editor.services.second_moments.set(layer, keys @ keys.T / 200)
     if method == "MEND":  # as it is before training: gradient descent on standardised factors
         torch.manual_seed(0)
-        path = folder / editor.workspace.model_label / "mend.safetensors"
-        MendEditor(edited_shapes(editor.workspace), hparams.rank, hparams.edit_lr).save(path, {})
+        path = folder / editor.services.model_label / "mend.safetensors"
+        MendEditor(edited_shapes(editor.edited), hparams.rank, hparams.edit_lr).save(path, {})
     return editor
 
 
-def target_nll(workspace: Workspace) -> torch.Tensor:
+def target_nll(edited: EditedModel) -> torch.Tensor:
     """Mean negative log-likelihood of each request's target: (n,)."""
     pairs = [(r.text, r.target_new) for r in REQUESTS]
     with torch.no_grad():
-        return TeacherForcing.of(workspace.stack, workspace.tokenizer, pairs).nll()
+        return TeacherForcing.of(edited.stack, edited.tokenizer, pairs).nll()
 
 
 def test_every_method_is_tried() -> None:
@@ -160,9 +160,9 @@ def test_edit_raises_the_target_and_revert_restores(
     model = tiny_model(config)
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
     editor = tiny_editor(model, method, tiny_hparams(method, shipped), tmp_path, beta_hse)
-    before = target_nll(editor.workspace)
+    before = target_nll(editor.edited)
     report = editor.edit(REQUESTS)
-    after = target_nll(editor.workspace)
+    after = target_nll(editor.edited)
     assert (after < before).all()
     edited = set(editor.weights.names)
     assert set(report.layers) == edited

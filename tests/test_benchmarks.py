@@ -131,14 +131,14 @@ def test_the_plain_loop_edits_as_the_editor_does(model, modules, tiny_tokenizer)
     templates = (("{}",), ("Yes. {}", "So it is. {}"))
     hook = {"beta_hse": 0.5, "alpha": 0.5}
     editor = Editor(
-        edited, tiny_tokenizer, "AlphaEdit", hparams, given_templates=templates, progress=False, **hook
+        edited, tiny_tokenizer, "AlphaEdit", hparams, context_templates=templates, progress=False, **hook
     )
     moments = {}
     for layer in hparams.layers:
-        inputs = editor.weights.get(editor.workspace.stack.weight_name(layer)).shape[1]
+        inputs = editor.edited.weight(layer).shape[1]
         keys = torch.randn(inputs, 2 * inputs, generator=torch.Generator().manual_seed(layer))
         moments[layer] = keys @ keys.T / (2 * inputs)
-        editor.workspace.moments.set(layer, moments[layer])
+        editor.services.second_moments.set(layer, moments[layer])
     projectors = {
         layer: plain_solves.projector(m, hparams.nullspace_threshold) for layer, m in moments.items()
     }

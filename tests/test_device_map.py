@@ -21,6 +21,7 @@ from sphere.errors import SphereError
 from sphere.evaluation.scoring import score_records
 from sphere.fingerprint import fingerprint
 from sphere.forward.layers import LayerStack
+from sphere.forward.passes import PassOptions
 from sphere.hparams import ModuleHParams
 from sphere.values.layer_stats import layer_stats
 
@@ -61,14 +62,14 @@ def editor_of(model, tokenizer, method: str, folder, **options) -> Editor:
         beta_hse=0.5,
         alpha=0.5,
         stats_dir=folder,
-        given_templates=(("{}",), ("Yes. {}",)),
+        context_templates=(("{}",), ("Yes. {}",)),
         progress=False,
         **options,
     )
     if hasattr(hparams, "mom2_dataset"):
         for layer in hparams.layers:
-            size = editor.weights.get(editor.workspace.stack.weight_name(layer)).shape[1]
-            editor.workspace.moments.set(layer, moment(size, layer))
+            size = editor.edited.weight(layer).shape[1]
+            editor.services.second_moments.set(layer, moment(size, layer))
     return editor
 
 
@@ -88,10 +89,10 @@ def edited(editor: Editor) -> dict[str, torch.Tensor]:
 def test_edited_layers_on_different_devices(method, conserve_memory, tiny_tokenizer, tmp_path):
     plain = edited(editor_of(tiny_llama(), tiny_tokenizer, method, tmp_path))
     with pretended_devices():
-        model = place(tiny_llama(), MAP)
-        editor = editor_of(model, tiny_tokenizer, method, tmp_path, conserve_memory=conserve_memory)
+        model, passes = place(tiny_llama(), MAP), PassOptions(conserve_memory=conserve_memory)
+        editor = editor_of(model, tiny_tokenizer, method, tmp_path, passes=passes)
         spread = edited(editor)
-        for layer, name in zip(editor.workspace.hparams.layers, editor.weights.names, strict=True):
+        for layer, name in zip(editor.edited.hparams.layers, editor.weights.names, strict=True):
             assert editor.weights.get(name).device == torch.device(f"cuda:{layer}")
     for name, weight in plain.items():
         assert not torch.equal(weight, tiny_llama().get_parameter(name))

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere import Editor, EditRequest, SphereError, get_method, hparams_from_dict
 from sphere.baselines.mend.networks import MendEditor
+from sphere.forward.passes import PassOptions
 from sphere.methods import Method
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.methods.sequential_solve import SequentialSolve
@@ -46,14 +47,14 @@ def make(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Any:
         hparams = hparams_from_dict({**method_values(method), **modules}, kind.hparams_class)
         options = {
             "progress": False,
-            "given_templates": (("{}",), ("Yes. {}",)),
+            "context_templates": (("{}",), ("Yes. {}",)),
             "stats_dir": tmp_path,
             **options,
         }
         result = Editor(model or tiny_llama(), tiny_tokenizer, method, hparams, alpha=0.5, **options)
         for layer in hparams.layers if hasattr(hparams, "mom2_dataset") else ():
-            size = result.weights.get(result.workspace.stack.weight_name(layer)).shape[1]
-            result.workspace.moments.set(layer, moment(layer, size))
+            size = result.edited.weight(layer).shape[1]
+            result.services.second_moments.set(layer, moment(layer, size))
         path = tmp_path / "model" / "mend.safetensors"
         if method == "MEND" and not path.exists():
             torch.manual_seed(0)
@@ -159,7 +160,7 @@ def test_a_solve_that_is_not_finite_names_its_layer(method: str, make: Any) -> N
     editor = make(method)
     editor.edit(FACTS[:2])
     before = editor.final_weights()
-    broken = editor.workspace.stack.layers[0].mlp.up_proj.weight
+    broken = editor.edited.stack.layers[0].mlp.up_proj.weight
     kept = broken.detach().clone()
     broken.data.fill_(float("nan"))
     with pytest.raises(SphereError, match=r"layer \d.*not finite"):
@@ -247,10 +248,10 @@ def test_what_conserve_memory_keeps_off_the_gpu(conserve_memory: bool, make: Any
     where = CPU if conserve_memory else gpu
     with pretended_devices():
         model = place(tiny_llama(), dict.fromkeys(("model", "lm_head"), "cuda:0"))
-        editor = make(model=model, conserve_memory=conserve_memory)
+        editor = make(model=model, passes=PassOptions(conserve_memory=conserve_memory))
         editor.edit(FACTS[:2])
         assert {w.device for w in editor.original.values()} == {where}
-        assert {editor.workspace.moments.get(layer).device for layer in (1, 2)} == {where}
+        assert {editor.services.second_moment(layer).device for layer in (1, 2)} == {where}
         assert {p.basis.device for p in editor.method.projectors.values()} == {where}
         assert {editor.weights.get(name).device for name in editor.weights.names} == {gpu}
 
@@ -271,11 +272,11 @@ def test_factors_of_second_moments_stay_where_these_are(
     monkeypatch.setattr(torch.linalg, "solve_triangular", solve_triangular)
     with pretended_devices():
         model = place(tiny_llama(), dict.fromkeys(("model", "lm_head"), "cuda:0"))
-        make(method, model=model, conserve_memory=True).edit(FACTS[:2])
+        make(method, model=model, passes=PassOptions(conserve_memory=True)).edit(FACTS[:2])
     assert set(solved) == {CPU}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_conserve_memory_changes_no_result(method: str, make: Any) -> None:
     plain = in_batches(make(method), FACTS[:4], 2)
-    assert_same(in_batches(make(method, conserve_memory=True), FACTS[:4], 2), plain)
+    assert_same(in_batches(make(method, passes=PassOptions(conserve_memory=True)), FACTS[:4], 2), plain)

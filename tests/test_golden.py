@@ -69,11 +69,11 @@ class Golden:
             hparams_from_dict(values, method.hparams_class),
             beta_hse=self.run["beta_hse"],
             alpha=self.run["alpha"],
-            given_templates=self.content["context_templates"],
+            context_templates=self.content["context_templates"],
             progress=False,
         )
         for layer in self.layers:
-            editor.workspace.moments.set(layer, self.tensors[f"cov.{layer}"])
+            editor.services.second_moments.set(layer, self.tensors[f"cov.{layer}"])
         return editor
 
     def keys_per_batch(self) -> int:
@@ -87,13 +87,13 @@ def golden(request) -> Golden:
     return Golden(name, load_file(path.with_suffix(".safetensors")), json.loads(path.read_text("utf-8")))
 
 
-class RecordedWalk:
+class RecordedKeys:
     """Hands out recorded keys; outputs come from the model as it stands."""
 
     def __init__(self, activations, keys: dict[int, Tensor]) -> None:
         self.activations, self.recorded = activations, keys
 
-    def keys(self, layer: int) -> Tensor:
+    def compute_ks(self, layer: int) -> Tensor:
         own = self.activations.compute_ks(layer)
         assert relative(own, self.recorded[layer]) < 5e-3
         return self.recorded[layer]
@@ -148,7 +148,7 @@ class NearTies:
         Args:
             expected: its change since the first batch, times the probe.
         """
-        name = editor.workspace.stack.weight_name(layer)
+        name = editor.edited.weight_name(layer)
         probe = self.golden.tensors["probe"]
         for at, row in [key for key in self.flips if key[0] == layer]:
             flips = self.flips.pop((at, row))
@@ -162,8 +162,8 @@ class NearTies:
 
 def test_weight_changes_given_keys_and_z(golden, default_model, monkeypatch):
     editor, ties = golden.editor(default_model), NearTies(golden, monkeypatch)
-    probe, workspace = golden.tensors["probe"], editor.workspace
-    real_walk, per_batch, ranks = workspace.activations, golden.keys_per_batch(), []
+    probe, services = golden.tensors["probe"], editor.services
+    activations, per_batch, ranks = services.activations, golden.keys_per_batch(), []
     try:
         for number, indices in enumerate(golden.batches()):
             z = golden.tensors[f"{golden.name}.z"][indices]
@@ -172,16 +172,14 @@ def test_weight_changes_given_keys_and_z(golden, default_model, monkeypatch):
                 layer: golden.tensors[f"{golden.name}.keys.{at + i}"].T
                 for i, layer in enumerate(golden.layers)
             }
+            monkeypatch.setattr(services, "compute_z", lambda _r, z=z: TargetValues(z, z, z[:, 0], z[:, 0]))
             monkeypatch.setattr(
-                workspace, "target_values", lambda _r, z=z: TargetValues(z, z, z[:, 0], z[:, 0])
-            )
-            monkeypatch.setattr(
-                workspace, "activations", lambda r, keys=keys: RecordedWalk(real_walk(r), keys)
+                services, "activations", lambda r, keys=keys: RecordedKeys(activations(r), keys)
             )
             report = editor.edit(golden.requests(indices))
             ranks += [int(figures["rank"]) for figures in report.layers.values() if "rank" in figures]
             for layer in golden.layers:
-                name = workspace.stack.weight_name(layer)
+                name = editor.edited.weight_name(layer)
                 expected = golden.tensors[f"{golden.name}.batch{number}.delta_probe.{layer}"]
                 ties.settle(editor, layer, expected)
                 change = (editor.weights.get(name) - editor.original[name]) @ probe
@@ -199,7 +197,7 @@ def check_final(golden: Golden, editor: Editor) -> None:
     for layer in golden.layers:
         expected = golden.tensors.get(f"{golden.name}.pruned_delta_probe.{layer}")
         if expected is not None:
-            name = editor.workspace.stack.weight_name(layer)
+            name = editor.edited.weight_name(layer)
             change = (saved[name] - editor.original[name]) @ golden.tensors["probe"]
             assert relative(change, expected) < 1e-3
             rank = principal_directions(editor.original[name], golden.run["beta_hse"]).rank
@@ -210,7 +208,7 @@ def test_target_values_are_the_recorded_ones(golden, default_model):
     """The first batch is computed on the unedited model, so it needs nothing recorded."""
     editor = golden.editor(default_model)
     indices = next(golden.batches())
-    found = editor.workspace.target_values(golden.requests(indices)).z
+    found = editor.services.compute_z(golden.requests(indices)).z
     expected = golden.tensors[f"{golden.name}.z"][indices]
     for row, wanted in zip(found, expected, strict=True):
         assert relative(row, wanted) < 2e-2
@@ -225,7 +223,7 @@ def test_second_batch_by_the_whole_method(default_model):
         for indices in golden.batches():
             editor.edit(golden.requests(indices))
         for layer in golden.layers:
-            weight = editor.workspace.stack.weight_name(layer)
+            weight = editor.edited.weight_name(layer)
             change = (editor.weights.get(weight) - editor.original[weight]) @ golden.tensors["probe"]
             expected = golden.tensors[f"{name}.batch{len(golden.content['batches']) - 1}.delta_probe.{layer}"]
             assert relative(change, expected) < 5e-3

@@ -50,7 +50,7 @@ def editor_of(method, tokenizer, *, beta_hse, model=None, modules=LLAMA_MODULES,
         hparams,
         beta_hse=beta_hse,
         alpha=0.5,
-        given_templates=TEMPLATES,
+        context_templates=TEMPLATES,
         progress=False,
     )
 
@@ -61,7 +61,7 @@ def edit(tiny_tokenizer, tmp_path):
 
     def run(method, **options):
         editor = editor_of(method, tiny_tokenizer, **options)
-        editor.workspace.stats_dir = tmp_path
+        editor.services.stats_dir = tmp_path
         reference = {name: editor.weights.get(name).clone() for name in editor.weights.names}
         monitor = Monitor(reference)
         return editor, reference, editor.edit(REQUESTS, monitor.measure)
@@ -126,7 +126,7 @@ def test_several_updates_of_a_weight_are_averaged(edit):
 
 def test_unmeasured_batches_have_no_energies(tiny_tokenizer, tmp_path):
     editor = editor_of("MEMIT", tiny_tokenizer, beta_hse=0.3)
-    editor.workspace.stats_dir = tmp_path
+    editor.services.stats_dir = tmp_path
     report = editor.edit(REQUESTS)
     assert report.measure_seconds == 0
     for figures in report.layers.values():

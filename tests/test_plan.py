@@ -153,14 +153,14 @@ def test_what_solves_keep_is_what_the_plan_says(method, tmp_path, tiny_tokenizer
     editor = Editor(model, tokenizer, method, hparams, stats_dir=tmp_path / "stats", progress=False)
     editor.edit(REQUESTS)
     solves = editor.method.solves.values()
-    cache = sum(z.nbytes for solve in solves for z in solve._taken)
-    blocks = sum(block.nbytes for solve in solves for block in solve.blocks)
+    cache = sum(solve.nbytes for solve in solves)
+    blocks = sum(block.nbytes for solve in solves for block in solve.key_blocks)
     assert size_of(plan, "key cache") == cache
     assert size_of(plan, "earlier keys") == blocks
     if kind == "AlphaEdit":
         kept = sum(projector.basis.nbytes for projector in editor.method.projectors.values())
         assert kept <= size_of(plan, "projectors")
-    moments = sum(moment.nbytes for moment in editor.workspace.moments._kept.values())
+    moments = sum(editor.services.second_moment(layer).nbytes for layer in hparams.layers)
     assert size_of(plan, "second moments of keys") == moments
     assert size_of(plan, "as they were at first") == sum(w.nbytes for w in editor.original.values())
     state = sum(t.nbytes for name, t in editor.state()[0].items() if name != "rng")

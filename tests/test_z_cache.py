@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from tiny_run import TinyRun, contents
 from transformers import PreTrainedTokenizerBase
 
-import sphere.methods.base
+import sphere.methods.services
 from sphere import EditRequest, HParams
-from sphere.methods import Workspace, get_method
+from sphere.forward.passes import PassOptions
+from sphere.methods import EditedModel, Services, get_method
 from sphere.runs.run import execute
 from sphere.values.compute_z import TargetValues, compute_z
 from sphere.values.z_cache import FIELDS
@@ -35,28 +36,24 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         calls.append(len(requests))
         return compute_z(stack, tokenizer, requests, *args, **options)
 
-    monkeypatch.setattr(sphere.methods.base, "compute_z", compute)
+    monkeypatch.setattr(sphere.methods.services, "compute_z", compute)
     return calls
 
 
 @pytest.fixture
-def space(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[..., Workspace]:
-    """Workspaces with one cache among them."""
+def space(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase) -> Callable[..., Services]:
+    """Services of tiny models with one cache among them."""
 
-    def make(model: Any = None, method: str = "AlphaEdit", **changes: Any) -> Workspace:
-        options = {
-            name: changes.pop(name)
-            for name in ("given_templates", "batch_tokens", "z_matmul_dtype")
-            if name in changes
-        }
+    def make(model: Any = None, method: str = "AlphaEdit", **changes: Any) -> Services:
+        templates = changes.pop("given_templates", TEMPLATES)
+        passes = {n: changes.pop(n) for n in ("batch_tokens", "z_matmul_dtype") if n in changes}
         hparams = tiny_hparams(LLAMA_MODULES, get_method(method).hparams_class, **changes)
-        return Workspace(
-            model or tiny_llama(),
-            tiny_tokenizer,
-            hparams,
+        return Services(
+            EditedModel(model or tiny_llama(), tiny_tokenizer, hparams),
+            passes=PassOptions(**passes),
             cache_dir=tmp_path,
             progress=False,
-            **{"given_templates": TEMPLATES, **options},
+            given_templates=templates,
         )
 
     return make
@@ -68,12 +65,12 @@ def assert_equal(found: TargetValues, expected: TargetValues) -> None:
 
 
 def test_methods_share_values_of_the_unedited_model(space: Any, computed: list[int]) -> None:
-    first = space().target_values(REQUESTS)
+    first = space().compute_z(REQUESTS)
     for method in ("AlphaEdit", "MEMIT", "MEMIT_seq", "MEMIT_prune", "MEMIT_rect"):
-        assert_equal(space(method=method).target_values(REQUESTS), first)
-    assert_equal(space(layers=[2]).target_values(REQUESTS), first)  # z is of the last edited layer
+        assert_equal(space(method=method).compute_z(REQUESTS), first)
+    assert_equal(space(layers=[2]).compute_z(REQUESTS), first)  # z is of the last edited layer
     renumbered = [dataclasses.replace(r, case_id=r.case_id + 100, target_true=None) for r in REQUESTS]
-    assert_equal(space().target_values(renumbered), first)
+    assert_equal(space().compute_z(renumbered), first)
     assert computed == [3]
 
 
@@ -81,9 +78,11 @@ def test_without_a_cache_nothing_is_written(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase, computed: list[int]
 ) -> None:
     hparams = tiny_hparams(LLAMA_MODULES)
-    workspace = Workspace(tiny_llama(), tiny_tokenizer, hparams, progress=False, given_templates=TEMPLATES)
-    workspace.target_values(REQUESTS)
-    workspace.target_values(REQUESTS)
+    services = Services(
+        EditedModel(tiny_llama(), tiny_tokenizer, hparams), progress=False, given_templates=TEMPLATES
+    )
+    services.compute_z(REQUESTS)
+    services.compute_z(REQUESTS)
     assert computed == [3, 3]
     assert not list(tmp_path.iterdir())
 
@@ -127,8 +126,8 @@ def changed_config() -> Any:
     ids=lambda change: "-".join(f"{k}={v}" for k, v in change.items() if not callable(v)) or None,
 )
 def test_nothing_stale_is_used(change: dict[str, Any], space: Any, computed: list[int]) -> None:
-    space().target_values(REQUESTS)
-    space(**{k: v() if callable(v) else v for k, v in change.items()}).target_values(REQUESTS)
+    space().compute_z(REQUESTS)
+    space(**{k: v() if callable(v) else v for k, v in change.items()}).compute_z(REQUESTS)
     assert computed == [3, 3]
 
 
@@ -144,14 +143,14 @@ def test_nothing_stale_is_used(change: dict[str, Any], space: Any, computed: lis
     ids=["fewer", "order", "prompt", "subject", "target"],
 )
 def test_other_requests_have_their_own(requests: list[EditRequest], space: Any, computed: list[int]) -> None:
-    space().target_values(REQUESTS)
-    space().target_values(requests)
+    space().compute_z(REQUESTS)
+    space().compute_z(requests)
     assert computed == [3, len(requests)]
 
 
 def test_another_tokenizer_has_its_own(space: Any, computed: list[int], tiny_tokenizer: Any) -> None:
     first, second = space(), space()
-    first.target_values(REQUESTS)
+    first.compute_z(REQUESTS)
 
     class Shifted(type(tiny_tokenizer)):  # type: ignore[misc]
         def __call__(self, *args: Any, **options: Any) -> Any:
@@ -159,8 +158,8 @@ def test_another_tokenizer_has_its_own(space: Any, computed: list[int], tiny_tok
             encoded["input_ids"] = [i + 1 for i in encoded["input_ids"]]
             return encoded
 
-    second.tokenizer = Shifted(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|end|>")
-    second.target_values(REQUESTS)
+    second.edited.tokenizer = Shifted(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|end|>")
+    second.compute_z(REQUESTS)
     assert computed == [3, 3]
 
 
@@ -171,26 +170,27 @@ def test_other_code_has_its_own(
     file: str, matters: bool, space: Any, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever changes how z is found need not think of the cache; whoever changes a rule need not lose it."""
-    space().target_values(REQUESTS)
+    space().compute_z(REQUESTS)
     read = Path.read_text
 
     def read_text(path: Path, *args: Any) -> str:
         return read(path, *args) + ("\n# changed" if path.name == file else "")
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    space().target_values(REQUESTS)
+    space().compute_z(REQUESTS)
     assert computed == [3, 3] if matters else [3]
 
 
 def test_edited_weights_have_their_own_and_reverted_ones_the_first(space: Any, computed: list[int]) -> None:
-    workspace = space()
-    first = workspace.target_values(REQUESTS)
-    with workspace.weights.temporarily():
-        name = workspace.weights.names[1]
-        workspace.weights.add_(name, 1e-2 * torch.ones_like(workspace.weights.get(name)))
-        edited = workspace.target_values(REQUESTS)
+    services = space()
+    weights = services.edited.weights
+    first = services.compute_z(REQUESTS)
+    with weights.temporarily():
+        name = weights.names[1]
+        weights.add_(name, 1e-2 * torch.ones_like(weights.get(name)))
+        edited = services.compute_z(REQUESTS)
     assert not torch.equal(edited.z, first.z)
-    assert_equal(workspace.target_values(REQUESTS), first)
+    assert_equal(services.compute_z(REQUESTS), first)
     assert computed == [3, 3]
 
 
@@ -225,21 +225,21 @@ def no_key(path: Path) -> None:
 def test_damaged_files_are_computed_again(
     damage: Any, space: Any, computed: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = space().target_values(REQUESTS)
+    first = space().compute_z(REQUESTS)
     (path,) = (tmp_path / "z").iterdir()
     damage(path)
     with caplog.at_level(logging.WARNING):
-        assert_equal(space().target_values(REQUESTS), first)
+        assert_equal(space().compute_z(REQUESTS), first)
     assert f"The target values in {path} are damaged" in caplog.text
-    assert_equal(space().target_values(REQUESTS), first)  # and was mended
+    assert_equal(space().compute_z(REQUESTS), first)  # and was replaced
     assert computed == [3, 3]
 
 
 def test_a_request_does_not_depend_on_its_batch(space: Any) -> None:
     """Beyond rounding: that is why values may be kept per batch and still be called a request's own."""
-    together = space(v_num_grad_steps=20).target_values(REQUESTS)
+    together = space(v_num_grad_steps=20).compute_z(REQUESTS)
     for index, request in enumerate(REQUESTS):
-        alone = space(v_num_grad_steps=20).target_values([request])
+        alone = space(v_num_grad_steps=20).compute_z([request])
         assert alone.steps[0] == together.steps[index]
         torch.testing.assert_close(alone.z[0], together.z[index], rtol=1e-3, atol=1e-4)
 
@@ -273,8 +273,11 @@ def test_any_architecture_has_a_key(tmp_path: Path, tiny_tokenizer: PreTrainedTo
     from conftest import GPT2_MODULES
 
     hparams: HParams = tiny_hparams(GPT2_MODULES)
-    workspace = Workspace(
-        tiny_gpt2(), tiny_tokenizer, hparams, cache_dir=tmp_path, progress=False, given_templates=TEMPLATES
+    services = Services(
+        EditedModel(tiny_gpt2(), tiny_tokenizer, hparams),
+        cache_dir=tmp_path,
+        progress=False,
+        given_templates=TEMPLATES,
     )
-    first = workspace.target_values(REQUESTS)
-    assert_equal(workspace.target_values(REQUESTS), first)
+    first = services.compute_z(REQUESTS)
+    assert_equal(services.compute_z(REQUESTS), first)

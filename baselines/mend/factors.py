@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import vjp
 
 from sphere.forward.layers import LayerStack, inference
-from sphere.methods.ft import TeacherForcing
+from sphere.methods.teacher_forcing import TeacherForcing
 
 
 @dataclass(frozen=True)

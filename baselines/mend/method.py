@@ -11,10 +11,11 @@ import torch
 
 from sphere.errors import SphereError
 from sphere.hparams import ModuleHParams, require
-from sphere.methods.base import Method, Update, Workspace
-from sphere.methods.ft import TeacherForcing
+from sphere.methods.base import Method, Update
+from sphere.methods.edited_model import EditedModel
+from sphere.methods.services import Services
+from sphere.methods.teacher_forcing import TeacherForcing
 from sphere.requests import EditRequest
-from sphere.runs.memory import DEVICE, FLOAT32, Item, Sizes
 
 from .factors import rank_one_factors
 from .networks import MendEditor, Shape
@@ -56,35 +57,25 @@ class MEND(Method):
     reference = "Fast Model Editing at Scale, arXiv 2110.11309"
     hparams_class = MendHParams
 
-    @classmethod
-    def memory(cls, hparams: MendHParams, sizes: Sizes) -> list[Item]:
-        with torch.device("meta"):
-            editor = MendEditor(dict(enumerate(sizes.edited)), hparams.rank, hparams.edit_lr)
-        size = sum(t.nbytes for t in editor.state_dict().values())
-        updates = FLOAT32 * sizes.entries
-        return [
-            Item("the editor's networks", "of hparams' rank", size, DEVICE, "preparation", "writing"),
-            Item("all layers' updates", "4 E", updates, DEVICE, "solve", "writing"),
-        ]
-
-    def __init__(self, workspace: Workspace, hparams: MendHParams) -> None:
-        super().__init__(workspace, hparams)
+    def __init__(self, edited: EditedModel, services: Services, hparams: MendHParams) -> None:
+        super().__init__(edited, services, hparams)
         self.editor: MendEditor | None = None
 
     def prepare(self) -> None:
         if self.editor is None:
-            path = editor_path(self.hparams, self.workspace.stats_dir, self.workspace.model_label)
-            self.editor = load_editor(path, self.workspace, self.hparams)
+            label = self.services.model_label
+            path = editor_path(self.hparams, self.services.stats_dir, label)
+            self.editor = load_editor(path, self.edited, label)
 
     @torch.no_grad()
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
         assert self.editor is not None
-        space = self.workspace
+        stack, tokenizer = self.edited.stack, self.edited.tokenizer
         pairs = [(request.text, request.target_new) for request in requests]
-        factors = rank_one_factors(TeacherForcing.of(space.stack, space.tokenizer, pairs), space.stack)
+        factors = rank_one_factors(TeacherForcing.of(stack, tokenizer, pairs), stack)
         for layer, delta in self.editor(factors).items():
-            yield space.stack.weight_name(layer), self.hparams.lr_scale * delta
+            yield self.edited.weight_name(layer), self.hparams.lr_scale * delta
 
 
 def editor_path(hparams: MendHParams, stats_dir: Path, model_label: str) -> Path:
@@ -92,17 +83,20 @@ def editor_path(hparams: MendHParams, stats_dir: Path, model_label: str) -> Path
     return Path(hparams.editor) if hparams.editor else Path(stats_dir) / model_label / FILE_NAME
 
 
-def edited_shapes(workspace: Workspace) -> dict[int, Shape]:
+def edited_shapes(edited: EditedModel) -> dict[int, Shape]:
     """layer -> (out, in) of its edited weight."""
     shapes = {}
-    for layer in workspace.hparams.layers:
-        out_features, in_features = workspace.weights.get(workspace.stack.weight_name(layer)).shape
+    for layer in edited.hparams.layers:
+        out_features, in_features = edited.weight(layer).shape
         shapes[layer] = (out_features, in_features)
     return shapes
 
 
-def load_editor(path: Path, workspace: Workspace, hparams: MendHParams) -> MendEditor:
+def load_editor(path: Path, edited: EditedModel, model_label: str) -> MendEditor:
     """The trained editor of a model, on its device.
+
+    Args:
+        model_label: names the model in errors.
 
     Raises:
         SphereError: there is none (the sentence gives the command that trains one), or it fits other weights.
@@ -110,18 +104,18 @@ def load_editor(path: Path, workspace: Workspace, hparams: MendHParams) -> MendE
     if not path.exists():
         raise SphereError(
             f"MEND has no trained editor at {path}: train one with `python -m baselines.mend.train "
-            f"model_name={workspace.model_label}` (a model in a folder: its path)."
+            f"model_name={model_label}` (a model in a folder: its path)."
         )
     editor = MendEditor.load(path)
-    wanted = edited_shapes(workspace)
+    wanted = edited_shapes(edited)
     if editor.shapes != wanted:
         raise SphereError(
             f"The MEND editor at {path} was trained for weights (layer: out x in) {_show(editor.shapes)}, but the "
             f"hyperparameters name {_show(wanted)}: train again with `python -m baselines.mend.train "
-            f"model_name={workspace.model_label}`."
+            f"model_name={model_label}`."
         )
     log.info("MEND editor: %s", path)
-    return editor.to(workspace.stack.device).eval()
+    return editor.to(edited.device).eval()
 
 
 def _show(shapes: dict[int, Shape]) -> str:

@@ -44,7 +44,7 @@ def train(config: dict[str, Any]) -> Path:
     """Load the model and the records, train, save; returns the editor's file."""
     from sphere.data.records import load_records
     from sphere.hparams import load_hparams
-    from sphere.methods.base import Workspace
+    from sphere.methods.edited_model import EditedModel
     from sphere.models import load_model, model_label
 
     from .method import MendHParams, editor_path
@@ -61,10 +61,9 @@ def train(config: dict[str, Any]) -> Path:
     if not records:
         raise SphereError(f"{config['ds_name']} has no record {first} or later: give a smaller first_record.")
     model, tokenizer = load_model(config["model_name"], config["device"], config["dtype"])
-    workspace = Workspace(model, tokenizer, hparams, model_label=label, stats_dir=Path(config["stats_dir"]))
     start = time.perf_counter()
-    trained = train_editor(workspace, hparams, records, settings)
-    path = editor_path(hparams, workspace.stats_dir, label)
+    trained = train_editor(EditedModel(model, tokenizer, hparams), hparams, records, settings)
+    path = editor_path(hparams, Path(config["stats_dir"]), label)
     about = {"configuration": config, "seconds": time.perf_counter() - start, "curve": trained.curve}
     trained.editor.save(path, about)
     return path

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from sphere.data.records import Record
 from sphere.errors import SphereError
 from sphere.forward.layers import inference
-from sphere.methods.base import Workspace
-from sphere.methods.ft import TeacherForcing
+from sphere.methods.edited_model import EditedModel
+from sphere.methods.teacher_forcing import TeacherForcing
 
 from .factors import rank_one_factors
 from .method import MendHParams, edited_shapes
@@ -79,11 +79,11 @@ class Trained:
 class _Rows:
     """Prompts of a chunk's records, several of each record, of which some are drawn."""
 
-    def __init__(self, workspace: Workspace, pairs: Sequence[Sequence[tuple[str, str]]]) -> None:
+    def __init__(self, edited: EditedModel, pairs: Sequence[Sequence[tuple[str, str]]]) -> None:
         self.counts = torch.tensor([len(p) for p in pairs])
         self.starts = torch.cumsum(self.counts, 0) - self.counts
         flat = [pair for group in pairs for pair in group]
-        self.batch = TeacherForcing.of(workspace.stack, workspace.tokenizer, flat)
+        self.batch = TeacherForcing.of(edited.stack, edited.tokenizer, flat)
 
     def draw(self, chosen: Tensor, generator: torch.Generator) -> TeacherForcing:
         """One prompt of each chosen record (n,) that has any."""
@@ -103,7 +103,7 @@ class _Chunk:
     neighbors: _Rows
 
     @classmethod
-    def of(cls, workspace: Workspace, records: Sequence[Record], neighbors: int) -> _Chunk:
+    def of(cls, edited: EditedModel, records: Sequence[Record], neighbors: int) -> _Chunk:
         requests = [record.request for record in records]
         own = [[(r.text, r.target_new)] for r in requests]
         others = [
@@ -114,19 +114,21 @@ class _Chunk:
             for r in records
         ]
         rephrased = [a + b for a, b in zip(own, others, strict=True)]
-        return cls(len(records), _Rows(workspace, own), _Rows(workspace, rephrased), _Rows(workspace, near))
+        return cls(len(records), _Rows(edited, own), _Rows(edited, rephrased), _Rows(edited, near))
 
 
 def train_editor(
-    workspace: Workspace,
+    edited: EditedModel,
     hparams: MendHParams,
     records: Sequence[Record],
     settings: TrainingSettings,
+    progress: bool = True,
 ) -> Trained:
     """Train an editor for a model on records.
 
     Args:
         records: with paraphrase and neighborhood prompts.
+        progress: show a bar.
 
     Raises:
         SphereError: records without neighborhood prompts, or a loss that is not finite.
@@ -136,8 +138,8 @@ def train_editor(
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        editor = MendEditor(edited_shapes(workspace), hparams.rank, hparams.edit_lr)
-    editor.to(workspace.stack.device).train()
+        editor = MendEditor(edited_shapes(edited), hparams.rank, hparams.edit_lr)
+    editor.to(edited.device).train()
     adam = torch.optim.Adam(
         [
             {"params": editor.networks.parameters(), "lr": settings.lr},
@@ -146,10 +148,10 @@ def train_editor(
     )
     curve: list[dict[str, float]] = []
     window: list[tuple[float, float]] = []
-    bar = tqdm(total=settings.steps, desc="MEND", unit="step", disable=not workspace.progress)
-    with inference(workspace.model), torch.enable_grad():
-        for step, (chunk, chosen) in enumerate(_draws(workspace, records, settings, generator), 1):
-            edit, local = _losses(workspace, editor, chunk, chosen, generator)
+    bar = tqdm(total=settings.steps, desc="MEND", unit="step", disable=not progress)
+    with inference(edited.model), torch.enable_grad():
+        for step, (chunk, chosen) in enumerate(_draws(edited, records, settings, generator), 1):
+            edit, local = _losses(edited, editor, chunk, chosen, generator)
             loss = settings.c_edit * edit + settings.c_loc * local
             if not torch.isfinite(loss):
                 raise SphereError(
@@ -172,7 +174,7 @@ def train_editor(
 
 
 def _draws(
-    workspace: Workspace, records: Sequence[Record], settings: TrainingSettings, generator: torch.Generator
+    edited: EditedModel, records: Sequence[Record], settings: TrainingSettings, generator: torch.Generator
 ) -> Iterator[tuple[_Chunk, Tensor]]:
     """(chunk, indices of the records to edit) of each step; every record comes once before any comes twice."""
     size = settings.chunk_records
@@ -183,7 +185,7 @@ def _draws(
     while True:
         for place in torch.randperm(len(starts), generator=generator).tolist():
             group = [records[i] for i in order[starts[place] : starts[place] + size]]
-            chunk = kept.get(place) or _Chunk.of(workspace, group, settings.neighbors)
+            chunk = kept.get(place) or _Chunk.of(edited, group, settings.neighbors)
             if len(starts) <= 16:
                 kept[place] = chunk
             for chosen in torch.randperm(chunk.n, generator=generator).split(settings.num_edits):
@@ -194,20 +196,19 @@ def _draws(
 
 
 def _losses(
-    workspace: Workspace, editor: MendEditor, chunk: _Chunk, chosen: Tensor, generator: torch.Generator
+    edited: EditedModel, editor: MendEditor, chunk: _Chunk, chosen: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Edit loss and locality KL of one edited batch, with gradients of the editor."""
-    factors = rank_one_factors(chunk.edits.draw(chosen, generator), workspace.stack)
+    factors = rank_one_factors(chunk.edits.draw(chosen, generator), edited.stack)
     editor.observe(factors)
-    edited = {}
+    changed = {}
     for layer, delta in editor(factors).items():
-        name = workspace.stack.weight_name(layer)
-        weight = workspace.weights.get(name)  # out x in
-        edited[name] = workspace.weights.canonical(name, weight + delta.to(weight))
-    edit = chunk.rephrased.draw(chosen, generator).nll(edited).mean()
+        name, weight = edited.weight_name(layer), edited.weight(layer)  # out x in
+        changed[name] = edited.weights.canonical(name, weight + delta.to(weight))
+    edit = chunk.rephrased.draw(chosen, generator).nll(changed).mean()
     near = chunk.neighbors.draw(chosen, generator)
     with torch.no_grad():
         before = F.log_softmax(near.logits(), dim=-1)  # scored x vocabulary
-    after = F.log_softmax(near.logits(edited), dim=-1)
+    after = F.log_softmax(near.logits(changed), dim=-1)
     local = F.kl_div(after, before, log_target=True, reduction="none").sum(dim=-1).mean()
     return edit, local

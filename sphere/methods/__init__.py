@@ -7,7 +7,9 @@ import inspect
 import pkgutil
 
 from sphere.errors import SphereError
-from sphere.methods.base import Method, Workspace
+from sphere.methods.base import Method
+from sphere.methods.edited_model import EditedModel
+from sphere.methods.services import Services
 
 PACKAGES = ("sphere.methods", "baselines")
 
@@ -40,4 +42,4 @@ def get_method(name: str) -> type[Method]:
     return methods[name]
 
 
-__all__ = ["Method", "Workspace", "available_methods", "get_method"]
+__all__ = ["EditedModel", "Method", "Services", "available_methods", "get_method"]

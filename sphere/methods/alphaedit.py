@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from sphere.errors import SphereError
 from sphere.forward.device_memory import has_room
 from sphere.hparams import HParams
-from sphere.methods.base import Method, Update, Workspace, spread_residual
-from sphere.methods.null_space import Projector, null_space_projector
-from sphere.methods.sequential_solve import SequentialSolve, keep_keys, load_keys, save_keys
+from sphere.methods.base import Update, spread_residual
+from sphere.methods.edited_model import EditedModel
+from sphere.methods.layerwise import LayerwiseMethod
+from sphere.methods.null_space import Projector, decomposition_bytes, null_space_projector
+from sphere.methods.sequential_solve import Apply
+from sphere.methods.services import Services
 from sphere.requests import EditRequest
-from sphere.runs.memory import FLOAT32, Item, Sizes, key_cache, second_moments
 
 log = logging.getLogger(__name__)
-
-# An eigendecomposition holds the moment, its eigenvectors, LAPACK's work space of two such matrices, and the basis.
-DECOMPOSITION = 4.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +38,7 @@ class AlphaEditHParams(HParams):
             raise SphereError(f"L2 must be positive, got {self.L2}: without it the solve is singular.")
 
 
-class AlphaEdit(Method):
+class AlphaEdit(LayerwiseMethod):
     """Delta = R K^T P (K K^T P + C P + L2 I)^-1 (eq. 14), layer after layer on the weights edited so far.
 
     C is the sum of K K^T over earlier batches. The keys of a layer depend only on the layers below it, which have
@@ -54,74 +51,32 @@ class AlphaEdit(Method):
     hparams_class = AlphaEditHParams
     default_alpha = 0.5
 
-    def __init__(self, workspace: Workspace, hparams: AlphaEditHParams) -> None:
-        super().__init__(workspace, hparams)
-        self.solves: dict[int, SequentialSolve] = {}
+    def __init__(self, edited: EditedModel, services: Services, hparams: AlphaEditHParams) -> None:
+        super().__init__(edited, services, hparams)
         self.projectors: dict[int, Projector] = {}
 
-    @classmethod
-    def memory(cls, hparams: AlphaEditHParams, sizes: Sizes) -> list[Item]:
-        basis = Item(
-            "null-space projectors' thinner factors",
-            "sum of 4 in^2 / 2 at most",
-            FLOAT32 * sizes.sum_squared_in // 2,
-            sizes.offload_device,
-            since="preparation",
-            until="writing",
-        )
-        decomposition = Item(
-            "one of them in the making",
-            f"{DECOMPOSITION} x 4 in^2 at most",
-            int(DECOMPOSITION * FLOAT32 * sizes.largest_in**2),
-            sizes.offload_device,
-            since="preparation",
-            until="preparation",
-        )
-        return [*second_moments(sizes), basis, decomposition, *key_cache(sizes)]
-
-    @classmethod
-    def solve_operations(cls, hparams: AlphaEditHParams, sizes: Sizes) -> float:
-        n, earlier = sizes.num_edits, sizes.n_edits / 2
-        return sum(
-            in_features * n * (4 * in_features / 2 + 4 * min(earlier, in_features) + 4 * n + 2 * out)
-            for out, in_features in sizes.edited
-        )
-
-    def prepare(self) -> None:
-        for layer in self.hparams.layers:
-            if layer in self.solves:
-                continue
-            moment = self.workspace.moments.get(layer)
-            # Decomposed where the layer is (a GPU takes seconds where a CPU takes minutes), kept where its moment is.
-            where = self.workspace.stack.devices[layer]
-            if not has_room(where, int(DECOMPOSITION * FLOAT32 * len(moment) ** 2)):
-                where = moment.device
-            projector = null_space_projector(moment.to(where), self.hparams.nullspace_threshold)
-            projector = projector.to(moment.device)
-            log.info("Layer %d: null space of dimension %d.", layer, projector.dim)
-            self.projectors[layer] = projector
-            self.solves[layer] = SequentialSolve(projector.apply, self.hparams.L2, f"layer {layer}")
+    def preconditioner(self, layer: int) -> tuple[Apply, float]:
+        moment = self.services.second_moment(layer)
+        # Decomposed where the layer is (a GPU takes seconds where a CPU takes minutes), kept where its moment is.
+        device = self.edited.layer_device(layer)
+        if not has_room(device, decomposition_bytes(len(moment))):
+            device = moment.device
+        projector = null_space_projector(moment.to(device), self.hparams.nullspace_threshold)
+        projector = projector.to(moment.device)
+        log.info("Layer %d: null space of dimension %d.", layer, projector.dim)
+        self.projectors[layer] = projector
+        return projector.apply, self.hparams.L2
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
-        targets = self.workspace.target_values(requests).z.T  # out x n
-        activations = self.workspace.activations(requests)
+        targets = self.services.compute_z(requests).z.T  # Z: out x n
+        activations = self.services.activations(requests)
         layers = self.hparams.layers
         for index, layer in enumerate(layers):
             keys = activations.compute_ks(layer)  # K: in x n
             residual = spread_residual(
-                targets.to(keys.device), activations.outputs(max(layers)), len(layers) - index
-            )
-            there = keys.to(self.workspace.solve_devices[layer])
-            x = self.solves[layer].solve(there).to(keys.device)  # in x n
-            yield self.workspace.stack.weight_name(layer), residual.to(x) @ x.T
-            self.solves[layer].append(there)
-
-    def state(self) -> dict[str, Tensor]:
-        return save_keys(self.solves)
-
-    def keep_state(self, names: Collection[str]) -> None:
-        keep_keys(self.solves, names)
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        load_keys(self.solves, state, self.workspace.solve_devices)
+                targets, activations.outputs(max(layers)), len(layers) - index
+            )  # R: out x n
+            x = self.solve(layer, keys)  # in x n
+            yield self.edited.weight_name(layer), residual.to(x) @ x.T
+            self.remember(layer, keys)

@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 
 
 PIECE = 1024  # columns of a basis that are widened at a time
+# An eigendecomposition holds the moment, its eigenvectors, LAPACK's work space of two such matrices, and the basis.
+DECOMPOSITION = 4.5
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,8 @@ def null_space_projector(second_moment: Tensor, threshold: float) -> Projector:
     complement = dim > size // 2
     basis = vectors[:, dim:] if complement else vectors[:, :dim]
     return Projector(basis.float().contiguous(), complement, dim)
+
+
+def decomposition_bytes(size: int) -> int:
+    """What making the projector of a (size x size) float32 second moment takes at most."""
+    return int(DECOMPOSITION * torch.float32.itemsize * size**2)

@@ -9,7 +9,6 @@ from sphere.errors import SphereError
 from sphere.hparams import HParams
 from sphere.methods.memit import MEMIT
 from sphere.rules import CondenseSpectrum, RuleSet, sphere_rules
-from sphere.runs.memory import DEVICE, FLOAT32, Item, Sizes
 
 CONTINUE = ("unconditioned", "conditioned")
 
@@ -38,12 +37,6 @@ class MEMITPrune(MEMIT):
     name = "MEMIT_prune"
     reference = "Perturbation-Restrained Sequential Model Editing, arXiv 2405.16821"
     hparams_class = PruneHParams
-
-    @classmethod
-    def memory(cls, hparams: PruneHParams, sizes: Sizes) -> list[Item]:
-        size = 3 * FLOAT32 * sizes.largest
-        condensing = Item("the total change and its SVD", "3 x 4 out in", size, DEVICE, "writing", "writing")
-        return [*super().memory(hparams, sizes), condensing]
 
     @classmethod
     def rules(cls, hparams: PruneHParams, beta_hse: float, alpha: float) -> RuleSet:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from sphere.hparams import HParams
 from sphere.methods.memit import MEMIT
 from sphere.rules import LargestRelative, RuleSet, sphere_rules
-from sphere.runs.memory import DEVICE, Item, Sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +26,6 @@ class MEMITRect(MEMIT):
     name = "MEMIT_rect"
     reference = "Model Editing Harms General Abilities of Large Language Models, arXiv 2401.04700"
     hparams_class = RectHParams
-
-    @classmethod
-    def memory(cls, hparams: RectHParams, sizes: Sizes) -> list[Item]:
-        size = int(
-            (4 + 12 * hparams.rect_share + 1) * sizes.largest
-        )  # ratios, chosen values and places, mask
-        choosing = Item(
-            "relative changes, and which are kept", "10 out in", size, DEVICE, "writing", "writing"
-        )
-        return [*super().memory(hparams, sizes), choosing]
 
     @classmethod
     def rules(cls, hparams: RectHParams, beta_hse: float, alpha: float) -> RuleSet:

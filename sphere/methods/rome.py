@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 from sphere.errors import SphereError
 from sphere.forward.layers import LayerStack, inference
 from sphere.hparams import HParams
-from sphere.methods.base import Method, Update, Workspace
-from sphere.methods.sequential_solve import inverse_moment
+from sphere.methods.base import Method, Update
+from sphere.methods.edited_model import EditedModel
+from sphere.methods.sequential_solve import Apply, inverse_moment
+from sphere.methods.services import Services
 from sphere.requests import EditRequest
-from sphere.runs.memory import Item, Sizes, moment_factors, second_moments
-from sphere.values.compute_ks import ActivationsPass
 from sphere.values.context_templates import BARE
 from sphere.values.tokenization import encode
 
@@ -62,45 +62,38 @@ class ROME(Method):
     hparams_class = RomeHParams
     at_once = 1
 
-    @classmethod
-    def memory(cls, hparams: RomeHParams, sizes: Sizes) -> list[Item]:
-        return [*second_moments(sizes), *moment_factors(sizes)] if hparams.mom2_adjustment else []
-
-    def __init__(self, workspace: Workspace, hparams: RomeHParams) -> None:
-        super().__init__(workspace, hparams)
+    def __init__(self, edited: EditedModel, services: Services, hparams: RomeHParams) -> None:
+        super().__init__(edited, services, hparams)
         self.layer = hparams.layers[0]
-        self.spread: Callable[[Tensor], Tensor] | None = None  # k -> u, up to its length
+        self.direction: Apply | None = None  # k -> u, up to its length
 
     def prepare(self) -> None:
-        if self.spread is not None:
+        if self.direction is not None:
             return
-        check_adds_to_stream(self.workspace.stack, self.workspace.tokenizer, self.layer)
+        check_adds_to_stream(self.edited.stack, self.edited.tokenizer, self.layer)
         if not self.hparams.mom2_adjustment:
-            self.spread = lambda key: key
+            self.direction = lambda key: key
             return
-        moment = self.workspace.moments.get(self.layer)
-        inverse = inverse_moment(moment, 1.0, f"layer {self.layer}")
-        self.spread = lambda key: inverse(key.double())
+        inverse = inverse_moment(self.services.second_moment(self.layer), 1.0, f"layer {self.layer}")
+        self.direction = lambda key: inverse(key.double())
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
-        name = self.workspace.stack.weight_name(self.layer)
-        bar = tqdm(requests, desc=self.name, unit="fact", leave=False, disable=not self.workspace.progress)
+        name = self.edited.weight_name(self.layer)
+        bar = tqdm(requests, desc=self.name, unit="fact", leave=False, disable=not self.services.progress)
         for request in bar:
             yield name, self.rank_one(request)
 
     def rank_one(self, request: EditRequest) -> Tensor:
         """Delta (out x in) of one fact, on the weights as they stand; float64."""
-        assert self.spread is not None
-        space = self.workspace
-        contexts = tuple(template for group in space.templates for template in group)
-        activations = ActivationsPass(space.stack, space.tokenizer, [request], [contexts], space.pass_tokens)
+        assert self.direction is not None
+        contexts = [template for group in self.services.context_templates for template in group]
+        activations = self.services.activations([request], [contexts])
         k_mean = activations.compute_ks(self.layer)  # in x 1
         h0 = activations.outputs(self.layer)  # d x 1
-        bare = ActivationsPass(space.stack, space.tokenizer, [request], [(BARE,)], space.pass_tokens)
-        k = bare.compute_ks(self.layer)[:, 0].double()  # in
-        delta = self._optimise(request, module_output(space.stack.rewrite[self.layer], k), h0[:, 0])
-        u = self.spread(k_mean)[:, 0].double()  # in
+        k = self.services.activations([request], [(BARE,)]).compute_ks(self.layer)[:, 0].double()  # in
+        delta = self._optimise(request, module_output(self.edited.module(self.layer), k), h0[:, 0])
+        u = self.direction(k_mean)[:, 0].double()  # in
         u = u / u.norm()
         product = k @ u
         if not product.abs() > 1e-6 * k.norm():
@@ -112,13 +105,13 @@ class ROME(Method):
 
     def _optimise(self, request: EditRequest, m: Tensor, h0: Tensor) -> Tensor:
         """delta (d,) at the module's output m (d,), found at the layer's output h0 (d,)."""
-        space, ratio = self.workspace, float(m.norm() / h0.norm())
+        ratio = float(m.norm() / h0.norm())
         rescaled = replace(
             self.hparams,
             clamp_norm_factor=self.hparams.clamp_norm_factor * ratio,
             v_weight_decay=self.hparams.v_weight_decay / ratio**2,
         )
-        found = space.target_values([request], rescaled, progress=False)
+        found = self.services.compute_z([request], rescaled, progress=False)
         return (found.z - found.h0)[0]
 
 

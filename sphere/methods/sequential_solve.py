@@ -4,19 +4,20 @@ All of them write a batch's residual R (out x n) onto its keys K (in x n) as Del
 
     X = (c S^-1 + C + K K^T)^-1 K,      C = sum of K K^T over the earlier batches,
 
-where S says which directions are cheap to change and c how much any change costs:
+where S, the preconditioner, says which directions are cheap to change and c how much any change costs:
 
     AlphaEdit   S = P (null-space projector), c = L2:    X = (P (C + K K^T) + L2 I)^-1 P K
     MEMIT       S = (lambda M)^-1,            c = 1:     X = (lambda M + C + K K^T)^-1 K
 
-An edit makes the directions of its keys dearer for those after it. With T = (S^-1 + C / c)^-1, by Woodbury's identity,
+An edit makes the directions of its keys more expensive for those after it. With T = (S^-1 + C / c)^-1, by Woodbury's
+identity,
 
-    T = S at first,    Y = T K,    F F^T = K^T Y + c I,    Z = Y F^-T,    X = Z F^-1,    T <- T - Z Z^T
+    T = S at first,    Y = T K,    F F^T = K^T Y + c I,    B = Y F^-T,    X = B F^-1,    T <- T - B B^T
 
-(recursive least squares: X is the gain, T the covariance; F is a Cholesky factor). As long as there are fewer keys than
-`in`, T is kept as S less Z Z^T of the batches, with a column (in x N in all) per key; beyond that as a matrix, which is
-then the smaller of the two and costs the same however many keys follow. In float64; a batch costs
-O(in (N + thickness of S) n), and never an LU.
+(recursive least squares: X is the gain, T the covariance, B the factor of its downdate; F is a Cholesky factor). As
+long as there are fewer keys than `in`, T is kept as S less B B^T of the batches, with a column (in x N in all) per key;
+beyond that as a matrix, which is then the smaller of the two and costs the same however many keys follow. In float64; a
+batch costs O(in (N + rank of S's factor) n), and never an LU.
 """
 
 from __future__ import annotations
@@ -29,36 +30,43 @@ from torch import Tensor
 from sphere.errors import SphereError
 
 RESIDUAL_TOLERANCE = 1e-5
-PIECE = 256  # columns that are worth a matrix of their own
-PROBES = 8  # random directions in which the guard looks
+BLOCK = 256  # columns that are worth a matrix of their own
+SKETCH = 8  # random directions in which the residual of a solve is estimated
+
+Apply = Callable[[Tensor], Tensor]  # K (in x n) -> S K (in x n)
 
 
 class SequentialSolve:
     """X of the equation above for one batch after the other.
 
     Args:
-        spread: K (in x n) -> S K (in x n) in float64, S symmetric positive semi-definite.
+        apply_s: K (in x n) -> S K (in x n) in float64, S symmetric positive semi-definite.
         damping: c > 0.
         what: names the layer in errors.
     """
 
-    def __init__(self, spread: Callable[[Tensor], Tensor], damping: float, what: str) -> None:
+    def __init__(self, apply_s: Apply, damping: float, what: str) -> None:
         if not damping > 0:
             raise SphereError(f"The damping of {what} must be positive, got {damping}: correct L2.")
-        self.spread, self.damping, self.what = spread, damping, what
+        self.apply_s, self.damping, self.what = apply_s, damping, what
         # Earlier keys, (in x n_i) float32 each, on the CPU: all of the state that is saved.
-        self.blocks: list[Tensor] = []
-        self._taken: list[Tensor] = []  # Z (in x N) in pieces of columns, as long as T = S - Z Z^T
+        self.key_blocks: list[Tensor] = []
+        self._downdates: list[Tensor] = []  # B (in x N) in blocks of columns, as long as T = S - B B^T
         self._t: Tensor | None = None  # T (in x in) after that
-        # The guard's: random directions W (in x PROBES), S W and C S W.
-        self._probes: tuple[Tensor, Tensor, Tensor] | None = None
-        # Of the last solve: K and Z.
+        # Random directions W (in x SKETCH), S W and C S W: what the check of a solve knows of C.
+        self._sketch: tuple[Tensor, Tensor, Tensor] | None = None
+        # Of the last solve: K and B.
         self._solved: tuple[Tensor, Tensor] | None = None
 
     @property
     def n_keys(self) -> int:
         """Number of earlier keys."""
-        return sum(block.shape[1] for block in self.blocks)
+        return sum(block.shape[1] for block in self.key_blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept of earlier batches where the solve is done: B, or T."""
+        return sum(part.nbytes for part in [*self._downdates, *([] if self._t is None else [self._t])])
 
     def solve(self, keys: Tensor) -> Tensor:
         """X (in x n) for a batch's keys K (in x n), given the earlier ones; float64.
@@ -67,9 +75,9 @@ class SequentialSolve:
             SphereError: keys that are not finite, or a system that is not positive definite.
         """
         keys = keys.double().contiguous()
-        z, factor = self._whiten(keys)
-        self._solved = keys, z
-        x = torch.linalg.solve_triangular(factor, z, upper=False, left=False)
+        b, factor = self._downdate(keys)
+        self._solved = keys, b
+        x = torch.linalg.solve_triangular(factor, b, upper=False, left=False)
         if (error := self._error(keys, x)) > RESIDUAL_TOLERANCE:
             raise SphereError(
                 f"The solve of {self.what} is off by {error:.1e}: its keys are badly scaled; raise L2 or "
@@ -82,58 +90,58 @@ class SequentialSolve:
         kept = keys.float().contiguous()
         solved, self._solved = self._solved, None
         if solved is not None and torch.equal(solved[0], kept.double()):
-            z = solved[1]
+            b = solved[1]
         else:
-            z, _ = self._whiten(kept.double())
-        self.blocks.append(kept.cpu())
-        self._see(kept.double())
+            b, _ = self._downdate(kept.double())
+        self.key_blocks.append(kept.cpu())
+        self._update_sketch(kept.double())
         if self._t is not None:
-            self._t.addmm_(z, z.T, alpha=-1)
+            self._t.addmm_(b, b.T, alpha=-1)
             return
-        if self._taken and self._taken[-1].shape[1] < PIECE:
-            self._taken[-1] = torch.cat([self._taken[-1], z], dim=1)
+        if self._downdates and self._downdates[-1].shape[1] < BLOCK:
+            self._downdates[-1] = torch.cat([self._downdates[-1], b], dim=1)
         else:
-            self._taken.append(z.contiguous())
-        if self.n_keys > len(z):
-            self._t = self._as_matrix(z)
-            self._taken = []
+            self._downdates.append(b.contiguous())
+        if self.n_keys > len(b):
+            self._t = self._as_matrix(b)
+            self._downdates = []
 
     def truncate(self, n_blocks: int) -> None:
         """Forget all but the first `n_blocks` batches: exactly the state of then."""
         self._solved = None
-        if n_blocks >= len(self.blocks):
+        if n_blocks >= len(self.key_blocks):
             return
-        kept, self.blocks = self.blocks[:n_blocks], self.blocks[:n_blocks]
-        device = (self._taken[0] if self._t is None else self._t).device
-        self._probes = None
+        kept, self.key_blocks = self.key_blocks[:n_blocks], self.key_blocks[:n_blocks]
+        device = (self._downdates[0] if self._t is None else self._t).device
+        self._sketch = None
         if self._t is not None:
-            self._t, self.blocks = None, []
+            self._t, self.key_blocks = None, []
             self.load(kept, device)
             return
         for block in kept:
-            self._see(block.to(device).double())
-        pieces, self._taken = self._taken, []
+            self._update_sketch(block.to(device).double())
+        blocks, self._downdates = self._downdates, []
         left = self.n_keys
-        for piece in pieces:  # earlier columns are untouched by later ones
+        for block in blocks:  # earlier columns are untouched by later ones
             if left > 0:
-                self._taken.append(piece[:, :left].contiguous())
-            left -= piece.shape[1]
+                self._downdates.append(block[:, :left].contiguous())
+            left -= block.shape[1]
 
     def load(self, blocks: list[Tensor], device: torch.device) -> None:
         """Rebuild the state from saved blocks, by the very operations that built it, on the keys' device."""
         for block in blocks:
             self.append(block.to(device))
 
-    def _whiten(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Z = T K F^-T (in x n), and F (n x n), the lower Cholesky factor of K^T T K + c I."""
+    def _downdate(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """B = T K F^-T (in x n), and F (n x n), the lower Cholesky factor of K^T T K + c I."""
         if not torch.isfinite(keys).all():
             raise SphereError(f"The keys of {self.what} are not finite: the weights below it may be broken.")
         if self._t is not None:
             y = self._t @ keys
         else:
-            y = self.spread(keys)
-            for piece in self._taken:
-                y = y.addmm(piece, piece.T @ keys, alpha=-1)
+            y = self.apply_s(keys)
+            for block in self._downdates:
+                y = y.addmm(block, block.T @ keys, alpha=-1)
         g = keys.T @ y
         g = (g + g.T) / 2
         g.diagonal().add_(self.damping)
@@ -145,46 +153,45 @@ class SequentialSolve:
         return torch.linalg.solve_triangular(factor.T, y, upper=True, left=False), factor
 
     def _as_matrix(self, like: Tensor) -> Tensor:
-        """T = S - Z Z^T (in x in)."""
+        """T = S - B B^T (in x in)."""
         size = len(like)
         t = torch.empty(size, size, dtype=like.dtype, device=like.device)
-        for start in range(0, size, PIECE):
-            unit = torch.zeros(size, min(PIECE, size - start), dtype=like.dtype, device=like.device)
-            unit[start : start + PIECE] = torch.eye(unit.shape[1], dtype=like.dtype, device=like.device)
-            t[:, start : start + PIECE] = self.spread(unit)
-        for piece in self._taken:
-            t.addmm_(piece, piece.T, alpha=-1)
+        for start in range(0, size, BLOCK):
+            unit = torch.zeros(size, min(BLOCK, size - start), dtype=like.dtype, device=like.device)
+            unit[start : start + BLOCK] = torch.eye(unit.shape[1], dtype=like.dtype, device=like.device)
+            t[:, start : start + BLOCK] = self.apply_s(unit)
+        for block in self._downdates:
+            t.addmm_(block, block.T, alpha=-1)
         return t
 
-    def _see(self, keys: Tensor) -> None:
-        """Add a batch's keys (in x n, float64) to what the guard knows of C."""
-        w, s_w, c_s_w = self._watched(keys)
-        self._probes = w, s_w, c_s_w + keys @ (keys.T @ s_w)
+    def _update_sketch(self, keys: Tensor) -> None:
+        """Add a batch's keys (in x n, float64) to the sketch of C."""
+        w, s_w, c_s_w = self._read_sketch(keys)
+        self._sketch = w, s_w, c_s_w + keys @ (keys.T @ s_w)
 
-    def _watched(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """W, S W and C S W (in x PROBES each)."""
-        if self._probes is None:
-            w = torch.randn(
-                len(like), PROBES, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-            ).to(like.device)
-            self._probes = w, self.spread(w), torch.zeros_like(w)
-        return self._probes
+    def _read_sketch(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """W, S W and C S W (in x SKETCH each)."""
+        if self._sketch is None:
+            generator = torch.Generator().manual_seed(0)
+            w = torch.randn(len(like), SKETCH, generator=generator, dtype=torch.float64).to(like.device)
+            self._sketch = w, self.apply_s(w), torch.zeros_like(w)
+        return self._sketch
 
     def _error(self, keys: Tensor, x: Tensor) -> float:
-        """The guard on accumulated rounding: what X leaves over of its equation, which T has no part in.
+        """Relative residual of X in its equation, estimated without T: it finds rounding that has accumulated there.
 
-        The equation is S K = S (C + K K^T) X + c X. Both sides times (1, ..., 1) are looked at from the directions W,
-        which estimates the norm of what is left over, relative to the left side's, in O(in n).
+        The equation is S K = S (C + K K^T) X + c X. Both sides, times (1, ..., 1), are projected on the directions W,
+        which estimates the norm of their difference, relative to the left side's, in O(in n).
         """
-        w, s_w, c_s_w = self._watched(keys)
+        w, s_w, c_s_w = self._read_sketch(keys)
         xv = x.sum(dim=1)  # in
-        left = s_w.T @ keys.sum(dim=1)  # PROBES
+        left = s_w.T @ keys.sum(dim=1)  # SKETCH
         right = c_s_w.T @ xv + (s_w.T @ keys) @ (keys.T @ xv) + self.damping * (w.T @ xv)
         norm = float(left.norm())
         return float((left - right).norm()) / norm if norm else 0.0
 
 
-def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Callable[[Tensor], Tensor]:
+def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Apply:
     """K -> (lambda M)^-1 K in float64, with lambda M factorised once.
 
     The factor is kept, and the systems are solved, where the second moment is: K may be on another device.
@@ -218,7 +225,7 @@ def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Callable[
 
 def save_keys(solves: Mapping[int, SequentialSolve]) -> dict[str, Tensor]:
     """The earlier keys of every layer, for a resume point: "keys.<layer>.<batch>" -> (in x n)."""
-    return {f"keys.{layer}.{i}": block for layer, s in solves.items() for i, block in enumerate(s.blocks)}
+    return {f"keys.{layer}.{i}": block for layer, s in solves.items() for i, block in enumerate(s.key_blocks)}
 
 
 def keep_keys(solves: Mapping[int, SequentialSolve], names: Collection[str]) -> None:

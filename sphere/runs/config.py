@@ -17,6 +17,7 @@ import transformers
 
 from sphere.checkpoints import run_folder
 from sphere.errors import SphereError
+from sphere.forward.passes import PassOptions
 from sphere.methods import get_method
 from sphere.models import DEFAULT_MODEL, model_label
 
@@ -53,6 +54,15 @@ class RunConfig:
     use_cache: bool = False
     continue_from_run: bool = False
     overwrite: bool = False
+
+    @property
+    def passes(self) -> PassOptions:
+        """How this run's forward passes are cut."""
+        return PassOptions(
+            batch_tokens=self.batch_tokens,
+            conserve_memory=self.conserve_memory,
+            z_matmul_dtype=Z_MATMUL_DTYPES[self.z_matmul_dtype],
+        )
 
     def check(self) -> None:
         """Refuse what no run can be made of.

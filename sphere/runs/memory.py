@@ -1,7 +1,7 @@
 """What is held in memory, in bytes and in words: the vocabulary of the memory plan.
 
-Each method says what it keeps (`Method.memory`), `sphere.runs.plan` adds what every run keeps,
-docs/memory.md explains it. Loads and allocates nothing.
+`sphere.runs.method_memory` says what each method keeps, `sphere.runs.plan` adds what every run keeps, docs/memory.md
+explains it. Loads and allocates nothing.
 """
 
 from __future__ import annotations

@@ -23,10 +23,10 @@ from sphere.forward.packing import ROW_TOKENS
 from sphere.forward.scorer import LOGIT_VALUES
 from sphere.hparams import HParams, ModuleHParams, TargetHParams, load_hparams
 from sphere.methods import Method, get_method
-from sphere.methods.base import PASS_TOKENS
 from sphere.models import DTYPES, meta_model, model_label, resolve_device
 from sphere.runs.config import RunConfig, alpha_of, hparams_path
 from sphere.runs.memory import DEVICE, DISK, FLOAT32, HOST, PHASES, Item, Sizes
+from sphere.runs.method_memory import memory_of
 from sphere.runs.operation_counter import Counted, count, edited_shapes
 
 # Per request, means over CounterFact with the default model's tokenizer: rows in the optimisation of z, their tokens
@@ -126,10 +126,10 @@ def plan_run(config: RunConfig) -> Plan:
     most = GRADIENT_TOKENS.get(device, GRADIENT_TOKENS["cpu"])
     items = [
         *_weights(model, sizes),
-        *method.memory(hparams, sizes),
+        *memory_of(method).items(hparams, sizes),
         *_passes(method, hparams, shape, sizes, config.batch_tokens or most),
         *_writing(sizes, bool(config.beta_hse)),
-        *_scoring(shape, sizes, config.batch_tokens or PASS_TOKENS),
+        *_scoring(shape, sizes, config.passes.editing_tokens),
         *_files(sizes),
     ]
     return Plan(
@@ -159,7 +159,7 @@ def _title(config: RunConfig, stack: LayerStack, sizes: Sizes, device: str) -> t
         f"{model_label(config.model_name)} ({type(model).__name__}): {parameters / 1e9:.2f} billion parameters in "
         f"{str(model.dtype).removeprefix('torch.')}, {stack.n_layers} layers, {len(sizes.edited)} edited ({shapes})",
         f"{config.alg_name}: {sizes.n_edits} edits in batches of {sizes.num_edits}, "
-        f"{config.batch_tokens or PASS_TOKENS} tokens in a forward pass, on {device}"
+        f"{config.passes.editing_tokens} tokens in a forward pass, on {device}"
         f"{', --conserve_memory' if sizes.conserve_memory else ''}",
     )
 
@@ -277,7 +277,7 @@ def _operations(
         once = (suffix + n * RUN_PREFIX) * (counted.below + counted.forward)
         stages.append(("target values", "model", hparams.v_num_grad_steps * step + once))
         stages.append(("keys and residuals", "model", n * ROWS * (PREFIX + 1) * counted.below))
-        stages.append(("solve", "float64", method.solve_operations(hparams, sizes)))
+        stages.append(("solve", "float64", memory_of(method).solve_operations(hparams, sizes)))
     if beta:
         small = [min(shape) for shape in sizes.edited]
         passes = 1 + 6 * RANK_SHARE  # the Gram matrix's triangle; the basis, the projection and its figures

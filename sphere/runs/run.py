@@ -37,10 +37,9 @@ from sphere.editor import BatchReport, Editor
 from sphere.errors import SphereError
 from sphere.files import append_line, atomic_path, check_writable, remove_leftovers
 from sphere.hparams import load_hparams
-from sphere.methods import Workspace, get_method
+from sphere.methods import EditedModel, get_method
 from sphere.models import load_model, model_label
 from sphere.runs.config import (
-    Z_MATMUL_DTYPES,
     RunConfig,
     alpha_of,
     describe,
@@ -79,7 +78,7 @@ class Run:
     @property
     def processes(self) -> Processes:
         """Those that made the run together, one by default."""
-        return self.editor.workspace.processes
+        return self.editor.services.processes
 
 
 def execute(config: RunConfig, command: str | None = None) -> Run:
@@ -127,16 +126,14 @@ def _execute(config: RunConfig, command: str | None, processes: Processes) -> Ru
         model_label=model_label(config.model_name),
         stats_dir=config.stats_dir,
         cache_dir=config.cache_dir if config.use_cache else None,
-        batch_tokens=config.batch_tokens,
-        z_matmul_dtype=Z_MATMUL_DTYPES[config.z_matmul_dtype],
-        conserve_memory=config.conserve_memory,
-        given_templates=previous.get("templates"),
+        passes=config.passes,
+        context_templates=previous.get("templates"),
         progress=processes.main,
         processes=processes,
     )
     if not previous:
         editor.method.prepare()  # what is wrong with it is said before an older run is removed
-    decided = _decided(config, alpha, hparams.to_dict(), records, editor.workspace)
+    decided = _decided(config, alpha, hparams.to_dict(), records, editor.edited)
     _begin_or_continue(folder, decided, previous, editor, describe(config, command))
     monitor = monitor_of(editor, folder, config.log_energy_every)
     board = (
@@ -153,7 +150,7 @@ def _decided(
     alpha: float,
     hparams: dict[str, Any],
     records: Sequence[Record],
-    workspace: Workspace,
+    edited: EditedModel,
 ) -> dict[str, Any]:
     """What must stay the same when a run is continued."""
     return {
@@ -167,8 +164,8 @@ def _decided(
         "alpha": alpha,
         "seed": config.seed,
         "z_matmul_dtype": config.z_matmul_dtype,
-        "model": workspace.fingerprint.now(),
-        "model_dtype": str(workspace.model.dtype),
+        "model": edited.fingerprint.now(),
+        "model_dtype": str(edited.model.dtype),
     }
 
 
@@ -181,14 +178,14 @@ def _begin_or_continue(
 ) -> None:
     """Write what a new run starts with, or take up the resume point of the one that is there."""
     if not previous:
-        more = {"templates": editor.workspace.templates, "transposed": editor.weights.transposed}
+        more = {"templates": editor.services.context_templates, "transposed": editor.weights.transposed}
 
         def begin() -> None:
             _clear(folder)
             write_checkpoint(folder, 0, editor.weights.stored())
             write_config(folder, description | decided | more)  # last: with it go the original weights
 
-        editor.workspace.processes.on_main(begin)
+        editor.services.processes.on_main(begin)
         return
     _check_same(previous, decided, folder)
     if point := read_resume(folder):
@@ -210,7 +207,7 @@ def monitor_of(editor: Editor, folder: Path, every: int) -> Monitor:
     """A monitor whose reference is the unedited weights as the run has saved them, whatever was edited since."""
     original = read_weights(list_checkpoints(folder)[0].path) if every > 0 else {}
     reference = {name: editor.weights.canonical(name, weight) for name, weight in original.items()}
-    return Monitor(reference, every, device=editor.workspace.stack.device)
+    return Monitor(reference, every, device=editor.edited.device)
 
 
 def _edit(
@@ -222,7 +219,7 @@ def _edit(
     board: TensorBoardWriter | None,
 ) -> list[BatchReport]:
     """The batches that are not yet done; after each one the log, the checkpoint and the resume point are written."""
-    ends, main = _ends(batches), editor.workspace.processes.main
+    ends, main = _ends(batches), editor.services.processes.main
     done = ends.index(editor.n_edits) + 1 if editor.n_edits else 0
     if main:
         _truncate_log(folder, done)

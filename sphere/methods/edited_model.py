@@ -1,0 +1,65 @@
+"""A model under edit: the model, where its layers are, and the weights that change.
+
+Knows one model. Knows nothing of requests, statistics or methods (`sphere.methods.services`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sphere.fingerprint import Fingerprint
+from sphere.forward.layers import LayerStack
+from sphere.hparams import ModuleHParams
+from sphere.weights import EditedWeights
+
+
+@dataclass
+class EditedModel:
+    """A model under edit.
+
+    Attributes:
+        hparams: they name its modules and the edited layers.
+        stack: its layers, to run parts of it.
+        weights: the edited layers' weights.
+        fingerprint: of all of its weights as they stand.
+
+    Raises:
+        SphereError: hyperparameters that do not fit the model, or weights that another live editor holds.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    hparams: ModuleHParams
+    stack: LayerStack = field(init=False)
+    weights: EditedWeights = field(init=False)
+    fingerprint: Fingerprint = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stack = LayerStack(self.model, self.hparams)
+        self.weights = EditedWeights(self.model, [self.stack.weight_name(i) for i in self.hparams.layers])
+        self.fingerprint = Fingerprint(self.model, self.weights.names)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        return self.stack.device
+
+    def layer_device(self, layer: int) -> torch.device:
+        """Where an edited layer's weight is."""
+        return self.stack.devices[layer]
+
+    def module(self, layer: int) -> nn.Module:
+        """The edited module of a layer (the MLP's last projection)."""
+        return self.stack.rewrite[layer]
+
+    def weight_name(self, layer: int) -> str:
+        """Parameter name of an edited layer's weight."""
+        return self.stack.weight_name(layer)
+
+    def weight(self, layer: int) -> Tensor:
+        """An edited layer's weight (out x in), float32 or wider: a view for reading."""
+        return self.weights.get(self.weight_name(layer))

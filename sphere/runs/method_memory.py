@@ -1,0 +1,169 @@
+"""What each method keeps in memory beside what every run does, and what its solves cost: for the plan of a run.
+
+Keyed by the method's name; a method of another package that derives from one of these is planned like that one, any
+other as one whose updates of all layers are held at once. Knows equations' sizes only; methods know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sphere.hparams import HParams
+from sphere.methods import Method
+from sphere.methods.null_space import DECOMPOSITION, decomposition_bytes
+from sphere.runs.memory import (
+    DEVICE,
+    FLOAT32,
+    FLOAT64,
+    Item,
+    Sizes,
+    key_cache,
+    moment_factors,
+    second_moments,
+)
+
+
+@dataclass(frozen=True)
+class MethodMemory:
+    """What the plan counts of a method.
+
+    Attributes:
+        items: (hyperparameters, sizes) -> what it keeps in memory beside what every run does.
+        solve_operations: (hyperparameters, sizes) -> floating-point operations of one batch's solves, with the mean
+            number of earlier keys of the run.
+    """
+
+    items: Callable[[Any, Sizes], list[Item]]
+    solve_operations: Callable[[Any, Sizes], float] = lambda _hparams, _sizes: 0.0
+
+
+def memory_of(method: type[Method]) -> MethodMemory:
+    """A method's entry, or the one of the nearest method that it derives from."""
+    names = (vars(kind).get("name") for kind in method.__mro__)
+    return next((METHODS[name] for name in names if name in METHODS), DEFAULT)
+
+
+# ---- AlphaEdit ----
+
+
+def _alphaedit(hparams: Any, sizes: Sizes) -> list[Item]:
+    basis = Item(
+        "null-space projectors' thinner factors",
+        "sum of 4 in^2 / 2 at most",
+        FLOAT32 * sizes.sum_squared_in // 2,
+        sizes.offload_device,
+        since="preparation",
+        until="writing",
+    )
+    decomposition = Item(
+        "one of them in the making",
+        f"{DECOMPOSITION} x 4 in^2 at most",
+        decomposition_bytes(sizes.largest_in),
+        sizes.offload_device,
+        since="preparation",
+        until="preparation",
+    )
+    return [*second_moments(sizes), basis, decomposition, *key_cache(sizes)]
+
+
+def _alphaedit_solve(hparams: Any, sizes: Sizes) -> float:
+    n, earlier = sizes.num_edits, sizes.n_edits / 2
+    return sum(
+        in_features * n * (4 * in_features / 2 + 4 * min(earlier, in_features) + 4 * n + 2 * out)
+        for out, in_features in sizes.edited
+    )
+
+
+# ---- MEMIT and its kin ----
+
+
+def _memit(hparams: Any, sizes: Sizes) -> list[Item]:
+    updates = Item(
+        "all layers' updates, and the weights before",
+        "(8 + 4) E",
+        (FLOAT64 + sizes.exact_bytes) * sizes.entries,
+        sizes.offload_device,
+        since="solve",
+        until="writing",
+    )
+    return [*second_moments(sizes), *moment_factors(sizes), updates]
+
+
+def _memit_solve(hparams: Any, sizes: Sizes) -> float:
+    n = sizes.num_edits
+    return sum(in_features * n * (2 * in_features + 4 * n + 2 * out) for out, in_features in sizes.edited)
+
+
+def _memit_seq(hparams: Any, sizes: Sizes) -> list[Item]:
+    return [*_memit(hparams, sizes), *key_cache(sizes)]
+
+
+def _memit_seq_solve(hparams: Any, sizes: Sizes) -> float:
+    earlier = sizes.n_edits / 2
+    cached = sum(4 * i * min(earlier, i) * sizes.num_edits for _, i in sizes.edited)
+    return _memit_solve(hparams, sizes) + cached
+
+
+def _rect(hparams: Any, sizes: Sizes) -> list[Item]:
+    size = int((4 + 12 * hparams.rect_share + 1) * sizes.largest)  # ratios, chosen values and places, mask
+    choosing = Item("relative changes, and which are kept", "10 out in", size, DEVICE, "writing", "writing")
+    return [*_memit(hparams, sizes), choosing]
+
+
+def _prune(hparams: Any, sizes: Sizes) -> list[Item]:
+    size = 3 * FLOAT32 * sizes.largest
+    condensing = Item("the total change and its SVD", "3 x 4 out in", size, DEVICE, "writing", "writing")
+    return [*_memit(hparams, sizes), condensing]
+
+
+# ---- other families ----
+
+
+def _rome(hparams: Any, sizes: Sizes) -> list[Item]:
+    return [*second_moments(sizes), *moment_factors(sizes)] if hparams.mom2_adjustment else []
+
+
+def _ft(hparams: Any, sizes: Sizes) -> list[Item]:
+    size = 5 * sizes.exact_bytes * sizes.entries
+    what = "weights before and in training, gradient, Adam"
+    return [Item(what, "5 x 4 E", size, DEVICE, "target values", "solve")]
+
+
+def _mend(hparams: Any, sizes: Sizes) -> list[Item]:
+    from sphere.baselines.mend.networks import MendEditor
+
+    with torch.device("meta"):
+        editor = MendEditor(dict(enumerate(sizes.edited)), hparams.rank, hparams.edit_lr)
+    size = sum(tensor.nbytes for tensor in editor.state_dict().values())
+    updates = FLOAT32 * sizes.entries
+    return [
+        Item("the editor's networks", "of hparams' rank", size, DEVICE, "preparation", "writing"),
+        Item("all layers' updates", "4 E", updates, DEVICE, "solve", "writing"),
+    ]
+
+
+def _unknown(hparams: Any, sizes: Sizes) -> list[Item]:
+    updates = Item("all layers' updates", "8 E", FLOAT64 * sizes.entries, DEVICE, "solve", "writing")
+    return [*(second_moments(sizes) if isinstance(hparams, HParams) else []), updates]
+
+
+def _unknown_solve(hparams: Any, sizes: Sizes) -> float:
+    """Delta = R X^T alone."""
+    return sum(2 * out * in_features * sizes.num_edits for out, in_features in sizes.edited)
+
+
+DEFAULT = MethodMemory(_unknown, _unknown_solve)
+METHODS: dict[str, MethodMemory] = {
+    "AlphaEdit": MethodMemory(_alphaedit, _alphaedit_solve),
+    "FT": MethodMemory(_ft),
+    "MEMIT": MethodMemory(_memit, _memit_solve),
+    "MEMIT_prune": MethodMemory(_prune, _memit_solve),
+    "MEMIT_rect": MethodMemory(_rect, _memit_solve),
+    "MEMIT_seq": MethodMemory(_memit_seq, _memit_seq_solve),
+    "MEND": MethodMemory(_mend),
+    "ROME": MethodMemory(_rome),
+}
