@@ -8,7 +8,8 @@ first edit when it is saved and scored (`total`). Knows nothing of models or sol
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -16,14 +17,18 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 from sphere.hypersphere import principal_share
-from sphere.linalg import largest_singular_value
-from sphere.projection import check_alpha, check_beta, principal_directions, suppress
+from sphere.linalg import largest_singular_value, thin_svd
+from sphere.projection import PrincipalDirections, check_alpha, check_beta, principal_directions, suppress
 
 Metrics = dict[str, float]
 
 
 class Rule(Protocol):
-    """Turns an update of a weight into another one."""
+    """Turns an update of a weight into another one.
+
+    A rule that refers to the unedited weight W_0 has a method `for_weight(name, original)`, which is called once for
+    each edited weight, with W_0 (out x in), and returns the rule that is applied to its updates.
+    """
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
         """
@@ -37,6 +42,9 @@ class Rule(Protocol):
         ...
 
 
+DIRECTIONS = ("current", "original")
+
+
 @dataclass(frozen=True)
 class Sphere:
     """SPHERE (arXiv 2510.01172): suppress an update's part in the weight's principal hyperspherical directions.
@@ -44,23 +52,115 @@ class Sphere:
     Attributes:
         beta_hse: cumulative ratio that decides how many directions are principal.
         alpha: how strongly they are suppressed.
+        directions: of the weight as it stands before the update ("current", as published), or of the unedited one
+            ("original").
+        fixed: the directions, where they are those of the unedited weight.
     """
 
     beta_hse: float
     alpha: float
+    directions: str = "current"
+    fixed: PrincipalDirections | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_beta(self.beta_hse)
         check_alpha(self.alpha)
+        if self.directions not in DIRECTIONS:
+            raise SphereError(f"directions must be one of {', '.join(DIRECTIONS)}, got {self.directions!r}.")
+
+    def for_weight(self, name: str, original: Tensor) -> Sphere:
+        """The same rule with the directions of W_0 (out x in), where they are asked for."""
+        if self.directions == "current":
+            return self
+        return replace(self, fixed=principal_directions(original, self.beta_hse))
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
-        directions = principal_directions(weight, self.beta_hse)
+        directions = self.fixed or principal_directions(weight, self.beta_hse)
         projected = suppress(delta, directions.basis, self.alpha)
         return projected, {
             "rank": directions.rank,
             "principal_share_before": principal_share(delta, directions.basis),
             "principal_share_after": principal_share(projected, directions.basis),
         }
+
+
+@dataclass(frozen=True)
+class Random:
+    """The control for SPHERE: as many random orthonormal directions Q in place of the principal ones U.
+
+    Delta <- Delta - a (Delta Q) Q^T with a = alpha ||Delta U|| / ||Delta Q||, so that what is taken away has the norm
+    of what SPHERE takes away; a is at most 1, where all of the part in Q's span is gone (`removed` logs the norm taken
+    away, relative to SPHERE's). Q is drawn once for each weight; r follows the weight, the first directions stay.
+
+    Attributes:
+        beta_hse, alpha: of the SPHERE that it is the control of.
+        seed: of the draws.
+    """
+
+    beta_hse: float
+    alpha: float
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_beta(self.beta_hse)
+        check_alpha(self.alpha)
+
+    def for_weight(self, name: str, original: Tensor) -> Random:
+        """The same rule with directions of this weight's own."""
+        return replace(self, seed=zlib.crc32(f"{self.seed} {name}".encode()))
+
+    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
+        principal = principal_directions(weight, self.beta_hse)
+        generator = torch.Generator().manual_seed(self.seed)
+        rows = [torch.randn(weight.shape[1], generator=generator) for _ in range(principal.rank)]
+        basis = torch.linalg.qr(torch.stack(rows, dim=1).to(delta)).Q  # in x r
+        wanted = self.alpha * float((delta @ principal.basis.to(delta)).norm())
+        there = float((delta @ basis).norm())
+        strength = min(wanted / there, 1.0) if there else 0.0
+        kept = suppress(delta, basis, strength)
+        return kept, {
+            "rank": principal.rank,
+            "principal_share_before": principal_share(delta, principal.basis),
+            "principal_share_after": principal_share(kept, principal.basis),
+            "removed": strength * there / wanted if wanted else 1.0,
+        }
+
+
+@dataclass(frozen=True)
+class Revive:
+    """REVIVE (arXiv 2601.11042): keep an update out of the dominant singular subspaces of the unedited weight.
+
+    With W_0 = U S V^T and k the least number of leading singular values whose sum is above tau of the sum of all,
+    Delta <- (I - U_k U_k^T) Delta (I - V_k V_k^T). There is no published code; decided here: singular values, not their
+    squares, are summed; both sides are filtered; the subspaces are those of W_0 throughout.
+
+    Attributes:
+        tau: fraction of the sum of singular values that counts as dominant.
+        left: U_k (out x k).
+        right: V_k (in x k).
+    """
+
+    tau: float
+    left: Tensor | None = field(default=None, repr=False)
+    right: Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tau < 1:
+            raise SphereError(f"tau is a fraction of the singular values' sum in [0, 1), got {self.tau}.")
+
+    def for_weight(self, name: str, original: Tensor) -> Revive:
+        """The same rule with the dominant subspaces of W_0 (out x in)."""
+        u, s, v = thin_svd(original)
+        k = int((s.cumsum(0) <= self.tau * s.sum()).sum()) + 1
+        return replace(self, left=u[:, :k].to(original), right=v[:, :k].to(original))
+
+    def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
+        if self.left is None or self.right is None:
+            raise SphereError("REVIVE refers to the unedited weight: call for_weight first.")
+        u, v = self.left.to(delta), self.right.to(delta)
+        kept = delta - u @ (u.T @ delta)  # out x in
+        kept = kept - (kept @ v) @ v.T
+        return kept, {"revive_rank": u.shape[1], "revive_kept_norm": _relative_norm(kept, delta)}
 
 
 @dataclass(frozen=True)
@@ -84,7 +184,7 @@ class LargestRelative:
         if drop:  # zero what lies below the drop-th smallest; that one and its ties stay, as published
             threshold = relative.reshape(-1).kthvalue(drop).values
             kept = torch.where(relative >= threshold, delta, torch.zeros_like(delta))
-        return kept, {"kept_norm_share": float(kept.norm() / delta.norm().clamp(min=1e-30))}
+        return kept, {"kept_norm_share": _relative_norm(kept, delta)}
 
 
 @dataclass(frozen=True)
@@ -142,3 +242,7 @@ def sphere_rules(beta_hse: float, alpha: float) -> tuple[Rule, ...]:
     check_beta(beta_hse)
     check_alpha(alpha)
     return (Sphere(beta_hse, alpha),) if beta_hse else ()
+
+
+def _relative_norm(kept: Tensor, delta: Tensor) -> float:
+    return float(kept.norm() / delta.norm().clamp(min=1e-30))
