@@ -174,6 +174,20 @@ def principal_share(delta: Tensor, basis: Tensor) -> float:
     return min((inside / total) ** 2, 1.0) if total > 0 else 0.0
 
 
+def rotation(reference: Tensor, basis: Tensor) -> float:
+    """How far a subspace has turned away from a reference: 1 - ||U_0^T U||_F^2 / min(r_0, r), in [0, 1].
+
+    The mean squared sine of the principal angles: 0 where the smaller subspace lies in the larger one, 1 where they are
+    orthogonal. For the principal directions of an edited weight against those of the unedited one.
+
+    Args:
+        reference: U_0 (in x r_0), orthonormal columns.
+        basis: U (in x r), orthonormal columns.
+    """
+    overlap = reference.double().T @ basis.double()  # r_0 x r
+    return max(0.0, 1.0 - float(overlap.square().sum()) / min(overlap.shape))
+
+
 def condition_number(weight: Tensor) -> float:
     """Largest over smallest singular value of W, from the Gram matrix of its smaller side; inf if rank-deficient.
 

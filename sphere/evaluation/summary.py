@@ -109,11 +109,11 @@ def summarise(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
     values = {name: [metric(case) for case in cases] for name, metric in METRICS[kind].items()}
     names = [name for name, column in values.items() if any(value is not None for value in column)]
     table = np.array([values[name] for name in names], dtype=float)  # (M, n): None becomes NaN
-    resampled = dict(zip(names, _bootstrap_means(table, seed), strict=True))  # name -> (B,)
+    resampled = dict(zip(names, bootstrap_means(table, seed), strict=True))  # name -> (B,)
     result: dict[str, Any] = {"kind": kind, "n_cases": len(cases)}
     for name, column in zip(names, table, strict=True):
         column = column[~np.isnan(column)]
-        low, high = _interval(resampled[name])
+        low, high = interval(resampled[name])
         result[name] = {
             "mean": float(column.mean()),
             "std": float(column.std()),
@@ -132,12 +132,12 @@ def _score(
     """The harmonic mean of three means, with the interval of its own bootstrap distribution."""
     drawn = np.stack([resampled[part] for part in parts])  # (3, B)
     with np.errstate(divide="ignore"):
-        low, high = _interval(len(parts) / (1 / drawn).sum(axis=0))  # 1/0 is inf: the mean is 0
+        low, high = interval(len(parts) / (1 / drawn).sum(axis=0))  # 1/0 is inf: the mean is 0
     value = harmonic_mean([result[part]["mean"] for part in parts])
     return {"value": value, "low": low, "high": high, "of": list(parts)}
 
 
-def _bootstrap_means(table: np.ndarray, seed: int) -> np.ndarray:
+def bootstrap_means(table: np.ndarray, seed: int) -> np.ndarray:
     """Means of cases drawn with replacement, all metrics of a draw over the same cases; NaNs are left out.
 
     Args:
@@ -163,7 +163,7 @@ def _chunks(total: int, size: int) -> Iterator[int]:
         yield min(size, total - start)
 
 
-def _interval(draws: np.ndarray) -> tuple[float, float]:
+def interval(draws: np.ndarray) -> tuple[float, float]:
     tail = (100 - LEVEL) / 2
     low, high = np.nanpercentile(draws, [tail, 100 - tail])
     return float(low), float(high)
