@@ -72,7 +72,7 @@ class Batch:
             TEMPLATES,
             self.hparams,
             batch_tokens=self.batch_tokens,
-            products=self.products,
+            matmul_dtype=self.products,
             progress=False,
         )
         return found.z[self.chosen]

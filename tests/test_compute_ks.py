@@ -9,7 +9,7 @@ from conftest import GPT2_MODULES, LLAMA_MODULES, REQUESTS, tiny_gpt2, tiny_hpar
 from benchmarks.plain import keys as plain
 from sphere import EditRequest
 from sphere.forward.layers import LayerStack
-from sphere.values.compute_ks import ActivationsPass, truncated_row
+from sphere.values.compute_ks import ActivationsPass, ids_to_subject
 
 TEMPLATES = (("{}",), ("Then it rained. {}", "Then it poured. {}", "I. {}", "So they say that. {}"))
 MODELS = {"llama": (tiny_llama, LLAMA_MODULES), "gpt2": (tiny_gpt2, GPT2_MODULES)}
@@ -77,8 +77,8 @@ def test_a_single_token_subject_at_the_beginning(stack, tiny_tokenizer):
 def test_no_token_is_run_twice_that_several_sequences_begin_with(stack, tiny_tokenizer):
     """The columns that are computed are as many as the prefix trees have nodes, plus padding."""
     activations = ActivationsPass(stack, tiny_tokenizer, REQUESTS, TEMPLATES, 2048)
-    rows = {truncated_row(tiny_tokenizer, t, r) for group in TEMPLATES for t in group for r in REQUESTS}
-    bare = {truncated_row(tiny_tokenizer, "{}", r) for r in REQUESTS}
+    rows = {ids_to_subject(tiny_tokenizer, t, r) for group in TEMPLATES for t in group for r in REQUESTS}
+    bare = {ids_to_subject(tiny_tokenizer, "{}", r) for r in REQUESTS}
 
     def nodes(sequences) -> int:
         return len({ids[:end] for ids in sequences for end in range(1, len(ids) + 1)})

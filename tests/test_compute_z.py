@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, GPTJConfig
 from benchmarks.plain import target_values as plain
 from benchmarks.plain.target_values import plain_target_values
 from sphere import EditRequest, SphereError
-from sphere.forward import stop_check as watch
+from sphere.forward import stop_check
 from sphere.forward.layers import LayerStack
-from sphere.forward.padding import lines
+from sphere.forward.padding import pack_rows
 from sphere.hparams import TargetHParams
-from sphere.values import compute_z as target_values
+from sphere.values import compute_z as compute_z_module
 from sphere.values.compute_z import TargetValues, compute_z
 
 TEMPLATES = (("{}",), ("The sun is up. {}", "Therefore it goes. {}"))
@@ -95,7 +95,7 @@ def test_whatever_the_size_of_micro_batches(tiny_tokenizer, batch_tokens):
 @pytest.fixture
 def easy(monkeypatch) -> tuple[nn.Module, TargetHParams]:
     """A model, steps and a loss that counts as small enough, so that requests are done one after the other."""
-    for module in (target_values, plain):
+    for module in (compute_z_module, plain):
         monkeypatch.setattr(module, "LOSS_TOLERANCE", 6.05)
     return tiny_llama(), tiny_hparams(LLAMA_MODULES, v_num_grad_steps=14, clamp_norm_factor=9.0)
 
@@ -110,11 +110,11 @@ def test_early_stopping(easy, tiny_tokenizer):
     assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), expected)
 
 
-def test_told_a_step_late(easy, tiny_tokenizer, monkeypatch):
+def test_known_a_step_late(easy, tiny_tokenizer, monkeypatch):
     """As on a GPU: that requests are done is known one step later, and changes nothing."""
     model, hparams = easy
     at_once = fast(model, tiny_tokenizer, FACTS, hparams)
-    monkeypatch.setattr(watch, "WATCHED_LATE", ("cpu",))
+    monkeypatch.setattr(stop_check, "LATE_DEVICES", ("cpu",))
     assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), at_once, 1e-4)
 
 
@@ -216,28 +216,23 @@ def test_a_broken_model_is_named(tiny_tokenizer):
         fast(model, tiny_tokenizer, FACTS, hparams)
 
 
-def test_requests_leave_one_after_the_other(tiny_tokenizer):
-    """The rows that stay are laid out anew, and keep the distribution that KL is taken from."""
-    model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES)
-    stack, flat = LayerStack(model, hparams), [t for group in TEMPLATES for t in group]
-    rows = [
-        row
-        for index, request in enumerate(FACTS)
-        for row in target_values._rows(tiny_tokenizer, index, request, flat, kl=True, merge=True)
-    ]
-    loop = target_values._Loop(stack, hparams, FACTS, rows, pad=0, batch_tokens=10_000)
-    delta = torch.zeros_like(loop.h0)
-    first = loop._losses(delta, gradient=False)
-    alive = [True] * len(FACTS)
-    width = loop.packs[0].recording.hidden.shape[1]
-    assert width >= max(len(row.suffix) for row in rows)
-    assert len(loop.packs[0].recording.hidden) < len(rows)  # rows share lines
-    for leaving in (3, 0, 5, 1, 4):
-        alive[leaving] = False
-        loop._drop(alive)
-        now = loop._losses(delta, gradient=False)
-        assert torch.allclose(now[torch.tensor(alive)], first[torch.tensor(alive)], rtol=1e-4)
-    assert {row.request for pack in loop.packs for row in pack.rows} == {2}
+def test_requests_that_are_done_are_no_longer_computed(easy, tiny_tokenizer):
+    """What stays is laid out anew, in packed rows, and keeps the distribution that KL is taken from."""
+    model, hparams = easy
+    stack, positions = LayerStack(model, hparams), []
+    stack.takes_trees([1, 2])  # asks the model, once
+
+    def count(_module, args):
+        positions.append(tuple(args[0].shape[:2]))
+
+    model.get_submodule("model.layers.3").register_forward_pre_hook(count)
+    found = fast(model, tiny_tokenizer, FACTS, hparams, batch_tokens=10_000)
+    steps = positions[-int(found.steps.max()) :]  # one micro-batch each
+    sizes = [rows * columns for rows, columns in steps]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) > 2
+    assert steps[0][0] < len(FACTS) * 3  # prompts share rows
+    assert_alike(found, plain_target_values(model, tiny_tokenizer, FACTS, TEMPLATES, hparams))
 
 
 def test_a_model_that_does_not_heed_masks(model_and_hparams, tiny_tokenizer, monkeypatch):
@@ -248,13 +243,13 @@ def test_a_model_that_does_not_heed_masks(model_and_hparams, tiny_tokenizer, mon
     assert_alike(fast(model, tiny_tokenizer, FACTS, hparams), expected, 1e-4)
 
 
-def test_products_in_bfloat16(model_and_hparams, tiny_tokenizer):
+def test_matmul_dtype_bfloat16(model_and_hparams, tiny_tokenizer):
     """z moves by what rounding makes of it, h0 not at all, and the model is left as it was."""
     model, hparams = model_and_hparams
     stack = LayerStack(model, hparams)
     exact, lower = (
-        compute_z(stack, tiny_tokenizer, FACTS, TEMPLATES, hparams, products=products, progress=False)
-        for products in (None, torch.bfloat16)
+        compute_z(stack, tiny_tokenizer, FACTS, TEMPLATES, hparams, matmul_dtype=matmul_dtype, progress=False)
+        for matmul_dtype in (None, torch.bfloat16)
     )
     assert torch.equal(lower.h0, exact.h0)
     delta, its = exact.z - exact.h0, lower.z - lower.h0
@@ -266,12 +261,12 @@ def test_products_in_bfloat16(model_and_hparams, tiny_tokenizer):
 
 
 @pytest.mark.parametrize("budget", [1, 7, 40, 1000])
-def test_lines(budget):
+def test_packed_rows(budget):
     """Each row once, groups within the budget, little left empty."""
     pick = random.Random(budget)
     for count in (0, 1, 2, 30, 90):
         lengths = [pick.randint(1, 12) for _ in range(count)]
-        groups = lines(lengths, budget)
+        groups = pack_rows(lengths, budget)
         assert sorted(i for group in groups for line in group for i in line) == list(range(count))
         padded = 0
         for group in groups:

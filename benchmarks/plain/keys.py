@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.plain.tokens import to_subject
 from sphere.requests import EditRequest
-from sphere.values.compute_ks import truncated_row
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def keys(
     columns = []
     for request in requests:
         groups = [
-            torch.stack([last_input(model, module, truncated_row(tokenizer, t, request)) for t in group])
+            torch.stack([last_input(model, module, to_subject(tokenizer, t, request)[1]) for t in group])
             for group in templates
         ]
         columns.append(torch.stack([group.mean(0) for group in groups]).mean(0))
@@ -61,5 +61,5 @@ def keys(
 def outputs(model: Any, tokenizer: Any, layer: nn.Module, requests: Sequence[EditRequest]) -> Tensor:
     """(out x n): the output of `layer` at the subject's last token of the bare prompts."""
     return torch.stack(
-        [last_output(model, layer, truncated_row(tokenizer, "{}", request)) for request in requests], dim=1
+        [last_output(model, layer, to_subject(tokenizer, "{}", request)[1]) for request in requests], dim=1
     )

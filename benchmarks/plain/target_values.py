@@ -7,6 +7,7 @@ the lookup positions; the KL reads the model's own logits, the target's likeliho
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.plain.tokens import to_subject, with_target
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
-from sphere.values.compute_z import ESSENCE, LOSS_TOLERANCE, TargetValues
-from sphere.values.context_templates import BARE, fill, padding_id
-from sphere.values.tokenization import encode, encode_pair, subject_token
+from sphere.values.compute_z import LOSS_TOLERANCE, TargetValues
+
+KL_PROMPT = "{} is a"
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,16 @@ def prompts_of(
     flat = [template for group in templates for template in group]
     rows, lookups, starts = [], [], []
     for template in flat:
-        filled = fill(template, request)
-        ids, start = encode_pair(tokenizer, filled.text, request.target_new)
+        text, up_to_subject = to_subject(tokenizer, template, request)
+        ids, start = with_target(tokenizer, text, request.target_new)
         rows.append(ids)
         starts.append(start)
-        lookups.append(subject_token(tokenizer, encode(tokenizer, filled.text), filled.subject_end, "a case"))
-    essence = encode(tokenizer, ESSENCE.format(request.subject))
-    lookups.append(subject_token(tokenizer, essence, len(request.subject), "a case"))
-    fed = [row[:-1] for row in rows] + [essence.ids]
+        lookups.append(len(up_to_subject) - 1)
+    _, up_to_subject = to_subject(tokenizer, KL_PROMPT, dataclasses.replace(request, prompt="{}"))
+    lookups.append(len(up_to_subject) - 1)
+    fed = [row[:-1] for row in rows] + [up_to_subject]
     length = max(map(len, fed))
-    ids = torch.full((len(fed), length), padding_id(tokenizer))
+    ids = torch.zeros(len(fed), length, dtype=torch.long)
     mask = torch.zeros_like(ids)
     labels = torch.full((len(rows), length), -100)
     for i, row in enumerate(fed):
@@ -69,7 +71,7 @@ def prompts_of(
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         labels[i, start - 1 : len(row) - 1] = torch.tensor(row[start:])
     tensors = [t.to(device) for t in (ids, mask, labels, torch.tensor(lookups))]
-    return Prompts(*tensors, bare=flat.index(BARE))
+    return Prompts(*tensors, bare=flat.index("{}"))
 
 
 def plain_target_values(
@@ -100,8 +102,8 @@ def _one(model: nn.Module, prompts: Prompts, hparams: TargetHParams) -> tuple[Te
             h0, reference = unmodified.to(dtype), next_token.detach()
         scored = prompts.labels != -100  # P x length
         labels = prompts.labels.clamp(min=0)[..., None]
-        taken = target_log_probs.gather(2, labels)[..., 0] * scored  # P x length
-        nll = -(taken.sum(1) / scored.sum(1)).mean()
+        log_probs = target_log_probs.gather(2, labels)[..., 0] * scored  # P x length
+        nll = -(log_probs.sum(1) / scored.sum(1)).mean()
         kl = (next_token.exp() * (next_token - reference)).sum()  # KL(now || first step)
         loss = nll + hparams.kl_factor * kl + hparams.v_weight_decay * delta.norm() / h0.norm() ** 2
         if loss < LOSS_TOLERANCE or step == hparams.v_num_grad_steps - 1:

@@ -22,8 +22,7 @@ import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,11 +34,10 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerB
 from sphere.data.records import Record
 from sphere.distributed import Processes
 from sphere.evaluation.reference_texts import load_references
+from sphere.forward.generate import generate
 from sphere.forward.packing import Scored
-from sphere.forward.padding import pad_left
 from sphere.forward.scorer import PackedScorer
-from sphere.values.context_templates import padding_id
-from sphere.values.tokenization import encode
+from sphere.values.tokenization import encode, padding_id
 
 TOP_K = 5
 MAX_TOKENS = 100  # of a text, its prompt included
@@ -73,7 +71,6 @@ class _SeededTopK(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter(-1, tokens.gather(-1, rank), 0.0)
 
 
-@torch.no_grad()
 def continue_prompts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -95,36 +92,18 @@ def continue_prompts(
         return []
     rows = [encode(tokenizer, prompt).ids for prompt in prompts]
     width, shortest = max(map(len, rows)), min(map(len, rows))
-    device = model.get_input_embeddings().weight.device
     new = max(max_tokens - shortest, 0)
     if new:
         uniforms = torch.stack(
             [torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds]  # (b, new)
         )
-        with _plain_generation(model):
-            ids = model.generate(
-                input_ids=pad_left(rows, width, padding_id(tokenizer), device),
-                attention_mask=pad_left([[1] * len(row) for row in rows], width, 0, device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=new, do_sample=False, pad_token_id=padding_id(tokenizer)
-                ),
-                logits_processor=[_SeededTopK(uniforms, width, top_k)],
-            )  # (b, width + new)
+        config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=padding_id(tokenizer))
+        ids = generate(model, rows, config, _SeededTopK(uniforms, width, top_k))  # (b, width + new)
         rows = [
             full[width - len(row) :][: max(max_tokens, len(row))]
             for full, row in zip(ids.tolist(), rows, strict=True)
         ]
     return [_clean(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-
-
-@contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Within the block `generate` knows no defaults of the model's own: no penalties, no token that ends a text."""
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _clean(text: str) -> str:

@@ -84,7 +84,7 @@ class RecordedCalls:
     calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]]
 
     def select(self, rows: Tensor) -> RecordedCalls:
-        """The same recording for some rows of the batch.
+        """The same calls for some rows of the batch.
 
         Args:
             rows: (n,) indices into the batch.
@@ -114,7 +114,7 @@ class LayerStack:
     """A model's decoder layers, reached by templates.
 
     Raises:
-        SphereError: a module that does not exist, or a layer out of range; the message names the key to mend.
+        SphereError: a module that does not exist, or a layer out of range; the message names the key to correct.
     """
 
     def __init__(self, model: nn.Module, hparams: ModuleHParams) -> None:
@@ -231,7 +231,7 @@ class LayerStack:
             handle.remove()
         return cache.freeze()
 
-    def run(self, recording: RecordedCalls, hidden: Tensor, first: int, last: int) -> Tensor:
+    def run(self, recorded: RecordedCalls, hidden: Tensor, first: int, last: int) -> Tensor:
         """Layers first..last (inclusive) on `hidden`, called as recorded.
 
         Args:
@@ -241,12 +241,12 @@ class LayerStack:
             (batch x positions x d) leaving layer `last`.
         """
         for layer in range(first, last + 1):
-            args, kwargs = recording.calls[layer]
+            args, kwargs = recorded.calls[layer]
             hidden = hidden_of(self.layers[layer](hidden, *args, **kwargs))
         return hidden
 
     def run_at(
-        self, recording: RecordedCalls, hidden: Tensor, first: int, last: int, row: Tensor, position: Tensor
+        self, recorded: RecordedCalls, hidden: Tensor, first: int, last: int, row: Tensor, position: Tensor
     ) -> Tensor:
         """As `run`, but only what leaves layer `last` at (row, position): (n x d).
 
@@ -254,12 +254,12 @@ class LayerStack:
             row, position: (n,) each, no pair twice.
         """
         if last >= first:
-            hidden = self.run(recording, hidden, first, last - 1)
+            hidden = self.run(recorded, hidden, first, last - 1)
             with only_at(self._mlp(last), row, position):
-                hidden = self.run(recording, hidden, last, last)
+                hidden = self.run(recorded, hidden, last, last)
         return hidden[row.to(hidden.device), position.to(hidden.device)]
 
-    def module_input(self, recording: RecordedCalls, hidden: Tensor, layer: int) -> Tensor:
+    def module_input(self, recorded: RecordedCalls, hidden: Tensor, layer: int) -> Tensor:
         """The input of the edited module of `layer`, for hidden states entering that layer.
 
         Returns:
@@ -273,7 +273,7 @@ class LayerStack:
 
         handle = self.rewrite[layer].register_forward_pre_hook(before)
         try:
-            self.run(recording, hidden, layer, layer)
+            self.run(recorded, hidden, layer, layer)
         except _Stop:
             pass
         finally:

@@ -23,7 +23,9 @@ def pad_right(rows: Sequence[Sequence[int]], width: int, value: int, device: tor
     return torch.tensor([list(r) + [value] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
 
 
-def packs(lengths: Sequence[int], budget: int, overhead: int = PASS_OVERHEAD["cpu"]) -> list[list[int]]:
+def group_by_length(
+    lengths: Sequence[int], budget: int, overhead: int = PASS_OVERHEAD["cpu"]
+) -> list[list[int]]:
     """Indices of rows in groups of similar length, each at most `budget` tokens when padded (never empty).
 
     Of all ways to cut the rows, sorted by length, into such groups: one with the least padded tokens, a further group
@@ -45,11 +47,11 @@ def packs(lengths: Sequence[int], budget: int, overhead: int = PASS_OVERHEAD["cp
     return groups[::-1]
 
 
-def lines(lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
-    """Rows laid end to end in lines of equal width: groups of lines of indices, a group at most `budget` tokens.
+def pack_rows(lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
+    """Sequences laid end to end in packed rows of equal width: groups of rows of indices, each at most `budget` tokens.
 
-    Rows of similar length come together, in as few groups as hold them (a row longer than the budget is its own); the
-    width of a group is the one, up to twice its longest row, that leaves least empty.
+    Sequences of similar length come together, in as few groups as hold them (one longer than the budget is its own);
+    the width of a group is the one, up to twice its longest sequence, that leaves least empty.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     total = sum(lengths)
@@ -65,22 +67,22 @@ def lines(lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
     return [[[index]] for index in order]
 
 
-def _fill(rows: Sequence[int], lengths: Sequence[int]) -> tuple[list[list[int]], int]:
-    """Lines of rows given in decreasing length, and their tokens with padding.
+def _fill(order: Sequence[int], lengths: Sequence[int]) -> tuple[list[list[int]], int]:
+    """Packed rows of sequences given in decreasing length, and their tokens with padding.
 
-    Each row goes to the line that is emptiest so far, so that long and short rows mix and lines hold about as many.
+    Each sequence goes to the row that is emptiest so far, so that long and short ones mix and rows hold about as many.
     """
-    longest, total = max(lengths[rows[0]], 1), sum(lengths[i] for i in rows)
+    longest, total = max(lengths[order[0]], 1), sum(lengths[i] for i in order)
     best: tuple[list[list[int]], int] | None = None
     for count in sorted({max(total // width, 1) for width in range(longest, 2 * longest + 1)}):
         found: list[list[int]] = [[] for _ in range(count)]
-        emptiest = [(0, line) for line in range(count)]  # a heap: tokens so far, line
-        for index in rows:
-            tokens, line = emptiest[0]
-            found[line].append(index)
-            heapq.heapreplace(emptiest, (tokens + lengths[index], line))
+        emptiest = [(0, row) for row in range(count)]  # a heap: tokens so far, row
+        for index in order:
+            tokens, row = emptiest[0]
+            found[row].append(index)
+            heapq.heapreplace(emptiest, (tokens + lengths[index], row))
         padded = count * max(emptiest)[0]
         if best is None or padded <= best[1]:
-            best = [line for line in found if line], padded
+            best = [row for row in found if row], padded
     assert best is not None
     return best

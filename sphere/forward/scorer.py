@@ -31,6 +31,7 @@ from sphere.forward.packing import (
 log = logging.getLogger(__name__)
 
 LOGIT_VALUES = 1 << 27  # logits held at once: 512 MiB in float32
+PROBE_TOKENS = 6  # of the shortest sequence that shows whether tree masks are heeded
 
 
 class PackedScorer:
@@ -104,6 +105,9 @@ class PackedScorer:
     def takes_trees(self, sequences: Sequence[Scored]) -> bool:
         """Score a forked tree and a second one beside it both ways: are tree masks and positions heeded?"""
         ids = min((scored.ids for scored in sequences), key=len)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        # Long enough to fork: different tokens behind what is shorter.
+        ids += tuple(vocabulary * i // PROBE_TOKENS for i in range(1, PROBE_TOKENS - len(ids) + 1))
         half, turned = len(ids) // 2, ids[::-1]
         few = [Scored(path, 1) for path in (ids, ids[:half] + turned[: len(ids) - half], turned)]
         plain = self._forward(one_per_row(few), trees=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WATCHED_LATE = ("cuda",)
+LATE_DEVICES = ("cuda",)  # whose state is read one step later
 
 
 class StopCheck:
@@ -15,17 +15,22 @@ class StopCheck:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.late = device.type in WATCHED_LATE
-        self._told: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self.late = device.type in LATE_DEVICES
+        self._sent: tuple[Tensor, torch.cuda.Event | None] | None = None
 
     def read(self, alive: Tensor, losses: Tensor) -> tuple[list[bool], float] | None:
-        """Which requests are open and the mean loss of all; None where nothing is known yet."""
-        told = self._send(torch.cat([alive.to(losses), losses.mean()[None]]))  # n + 1
+        """Which requests are open and the mean loss of all; None where nothing is known yet.
+
+        Args:
+            alive: (n,) bool.
+            losses: (n,).
+        """
+        arriving = self._send(torch.cat([alive.to(losses), losses.mean()[None]]))  # n + 1
         if self.late:
-            told, self._told = self._told, told
-        if told is None:
+            arriving, self._sent = self._sent, arriving
+        if arriving is None:
             return None
-        values, event = told
+        values, event = arriving
         if event is not None:
             event.synchronize()
         *flags, mean_loss = values.tolist()

@@ -103,13 +103,13 @@ class Services:
                 self.context_templates,
                 h,
                 batch_tokens=batch_tokens,
-                products=z_matmul_dtype,
+                matmul_dtype=z_matmul_dtype,
                 progress=progress and self.progress,
             )
 
         if self.z_cache is None:
             return compute()
-        passes = {"batch_tokens": batch_tokens, "products": str(z_matmul_dtype)}
+        passes = {"batch_tokens": batch_tokens, "matmul_dtype": str(z_matmul_dtype)}
         return self.z_cache.get(requests, self.context_templates, h, passes, compute)
 
     @cached_property

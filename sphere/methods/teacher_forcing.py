@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.forward.layers import LayerStack
 from sphere.forward.padding import pad_right
-from sphere.values.context_templates import padding_id
-from sphere.values.tokenization import encode_pair
+from sphere.values.tokenization import encode_pair, padding_id
 
 
 class TeacherForcing(nn.Module):

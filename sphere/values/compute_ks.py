@@ -18,46 +18,46 @@ from sphere.forward.layers import LayerStack
 from sphere.forward.packing import ROW_TOKENS, Row, Scored, batches, model_inputs, one_per_row, pack
 from sphere.requests import EditRequest
 from sphere.values.context_templates import BARE, fill
-from sphere.values.tokenization import encode, subject_token
+from sphere.values.tokenization import bos_text, encode, subject_token
 
 Ids = tuple[int, ...]
 
 
-def truncated_row(tokenizer: PreTrainedTokenizerBase, template: str, request: EditRequest) -> Ids:
+def ids_to_subject(tokenizer: PreTrainedTokenizerBase, template: str, request: EditRequest) -> Ids:
     """Token ids of a request in a template up to the subject's last token."""
-    filled = fill(template, request)
+    filled = fill(template, request, bos_text(tokenizer))
     encoded = encode(tokenizer, filled.text)
-    lookup = subject_token(tokenizer, encoded, filled.subject_end, f"case {request.case_id}")
+    lookup = subject_token(encoded, filled.subject_end, f"case {request.case_id}")
     return tuple(encoded.ids[: lookup + 1])
 
 
-class _Pack:
-    """Sequences run together, and how far up they have got.
+class _TreeBatch:
+    """Rows of prefix trees that are run together, and how far up they have got.
 
     Attributes:
         sequences: their token ids, in the order of `at_ends`.
+        hidden: (rows x columns x d), entering layer `at`.
     """
 
     def __init__(self, stack: LayerStack, rows: Sequence[Row], trees: bool, first: int, last: int) -> None:
-        self.recording = stack.record(model_inputs(stack.model, rows, trees), first, last)
+        self.recorded = stack.record(model_inputs(stack.model, rows, trees), first, last)
         self.restart()
         ends = [(row, scored.ids, path[-1]) for row, r in enumerate(rows) for scored, path in r.paths]
         self.sequences: list[Ids] = [ids for _, ids, _ in ends]
-        self._rows = torch.tensor([row for row, _, _ in ends])
-        self._columns = torch.tensor([column for _, _, column in ends])
+        self._rows = torch.tensor([row for row, _, _ in ends])  # (sequences,)
+        self._columns = torch.tensor([column for _, _, column in ends])  # (sequences,) node of the last token
 
     def restart(self) -> None:
         """Back to the entry of the first layer."""
-        self.hidden = self.recording.hidden  # (rows x width x d), entering layer `at`
-        self.at = self.recording.first
+        self.hidden, self.at = self.recorded.hidden, self.recorded.first
 
     def advance(self, stack: LayerStack, layer: int) -> None:
         """Up to the entry of `layer`."""
-        self.hidden = stack.run(self.recording, self.hidden, self.at, layer - 1)
+        self.hidden = stack.run(self.recorded, self.hidden, self.at, layer - 1)
         self.at = layer
 
     def at_ends(self, x: Tensor) -> Tensor:
-        """(rows x width x d) -> (sequences x d) at each sequence's last token, float32 or wider."""
+        """(rows x columns x d) -> (sequences x d) at each sequence's last token, float32 or wider."""
         chosen = x[self._rows.to(x.device), self._columns.to(x.device)]
         return chosen.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -80,29 +80,29 @@ class ActivationsPass:
     ) -> None:
         self.stack, self.n = stack, len(requests)
         first, last = min(stack.hparams.layers), max(stack.hparams.layers)
-        share: dict[Ids, dict[int, float]] = {}  # sequence -> its weight in each request's mean
+        weights: dict[Ids, dict[int, float]] = {}  # sequence -> request -> its weight in the request's mean
         for index, request in enumerate(requests):
             for group in templates:
                 for template in group:
-                    ids = share.setdefault(truncated_row(tokenizer, template, request), {})
-                    ids[index] = ids.get(index, 0.0) + 1 / (len(templates) * len(group))
-        bare = [truncated_row(tokenizer, BARE, request) for request in requests]
-        trees = stack.takes_trees(max(share, key=len))
-        others = share.keys() - set(bare)
+                    of_request = weights.setdefault(ids_to_subject(tokenizer, template, request), {})
+                    of_request[index] = of_request.get(index, 0.0) + 1 / (len(templates) * len(group))
+        bare = [ids_to_subject(tokenizer, BARE, request) for request in requests]
+        trees = stack.takes_trees(max(weights, key=len))
+        others = weights.keys() - set(bare)
         with torch.no_grad():
-            self._bare = _packs(stack, bare, trees, first, last, batch_tokens)
-            self._other = _packs(stack, list(others), trees, first, last, batch_tokens)
-        place = {ids: i for i, ids in enumerate(ids for part in self._bare for ids in part.sequences)}
-        self._bare_place = torch.tensor([place[ids] for ids in bare])  # request -> its bare prompt
-        self._means = [self._mean(part, share) for part in self._bare + self._other]
+            self._bare = _tree_batches(stack, bare, trees, first, last, batch_tokens)
+            self._other = _tree_batches(stack, list(others), trees, first, last, batch_tokens)
+        index_of = {ids: i for i, ids in enumerate(ids for part in self._bare for ids in part.sequences)}
+        self._bare_index = torch.tensor([index_of[ids] for ids in bare])  # (n,) a request's bare prompt
+        self._means = [self._mean(part, weights) for part in self._bare + self._other]
 
-    def _mean(self, part: _Pack, share: dict[Ids, dict[int, float]]) -> Tensor:
+    def _mean(self, part: _TreeBatch, weights: dict[Ids, dict[int, float]]) -> Tensor:
         """(n x sequences): the weight of each sequence's key in the mean of each request."""
-        weights = torch.zeros(self.n, len(part.sequences))
+        result = torch.zeros(self.n, len(part.sequences))
         for column, ids in enumerate(part.sequences):
-            for request, value in share.get(ids, {}).items():
-                weights[request, column] = value
-        return weights
+            for request, weight in weights.get(ids, {}).items():
+                result[request, column] = weight
+        return result
 
     def restart(self) -> ActivationsPass:
         """The same pass from the first edited layer on: what is below it is not edited, and not run again."""
@@ -116,7 +116,9 @@ class ActivationsPass:
         total: Tensor | None = None
         for part, mean in zip(self._bare + self._other, self._means, strict=True):
             part.advance(self.stack, layer)
-            inputs = part.at_ends(self.stack.module_input(part.recording, part.hidden, layer))
+            inputs = part.at_ends(
+                self.stack.module_input(part.recorded, part.hidden, layer)
+            )  # sequences x in
             keys = mean.to(inputs) @ inputs  # n x in
             total = keys if total is None else total + keys.to(total.device)
         assert total is not None
@@ -126,15 +128,15 @@ class ActivationsPass:
     def outputs(self, layer: int) -> Tensor:
         """Output of decoder layer `layer` for the bare prompts, from the hidden states reached: (out x n)."""
         parts = [
-            part.at_ends(self.stack.run(part.recording, part.hidden, part.at, layer)) for part in self._bare
+            part.at_ends(self.stack.run(part.recorded, part.hidden, part.at, layer)) for part in self._bare
         ]
-        return torch.cat(parts)[self._bare_place.to(parts[0].device)].T
+        return torch.cat(parts)[self._bare_index.to(parts[0].device)].T
 
 
-def _packs(
+def _tree_batches(
     stack: LayerStack, ids: Sequence[Ids], trees: bool, first: int, last: int, batch_tokens: int
-) -> list[_Pack]:
+) -> list[_TreeBatch]:
     """Sequences as prefix trees where the model takes them, else each in its own row; so many tokens at a time."""
     sequences = [Scored(x, len(x)) for x in ids]
     rows = pack(sequences, min(ROW_TOKENS, batch_tokens)) if trees else one_per_row(sequences)
-    return [_Pack(stack, batch, trees, first, last) for batch in batches(rows, batch_tokens)]
+    return [_TreeBatch(stack, batch, trees, first, last) for batch in batches(rows, batch_tokens)]

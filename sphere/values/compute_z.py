@@ -2,43 +2,59 @@
 
 All requests of a batch are optimised together, and nothing is computed that cannot change the result:
 positions before the lookup token are constant, so their attention keys and values are kept from one first pass, and
-what the rows of a context template share is run once; layers up to z see no change, so the loop starts above them;
-the top layer's MLP and the logits are computed only where they are scored; rows are laid end to end, so that few and
-full matrices are multiplied; requests whose loss is small enough leave the loop with all their rows; the last step,
-which takes no update, needs no gradient.
+what the prompts of a context template share is run once; layers up to z see no change, so the loop starts above them;
+the top layer's MLP and the logits are computed only where they are scored; prompts are laid end to end in packed rows,
+so that few and full matrices are multiplied; requests whose loss is small enough leave the loop with all their prompts;
+the last step, which takes no update, needs no gradient.
+
+How prompts, prefixes and positions lie: a prompt is a request in one context template with its target behind it, or the
+KL prompt "{subject} is a", cut after the subject. At its lookup token, the subject's last, delta is added:
+
+                     prefix                 suffix
+    prompt    The sun is up . Ann | Lee is Wel        labels:   is -> Wel, Wel -> sh
+              run once, in the      ^lookup
+              slots of a PrefixStore
+
+    columns   0      1      2      3      4      5      6      7
+    row 0     Lee    is     Wel    Bo     plays  the    .      .       2 suffixes end to end, then padding
+    row 1     Oz     ,      a      coun   try    ,      is     Ro      each sees its prefix's slots and itself
+
+A micro-batch is some such rows (rows x columns x d), computed together. `lookup_row`, `lookup_column` say where each
+prompt's lookup token is ((0, 0), (0, 3), (1, 0)), `point_row`, `point_column` where logits are computed: wherever the
+next token is a target's ((0, 1), (0, 2), (0, 5), (1, 6), (1, 7)), and at the lookup tokens of KL prompts.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.forward.device_memory import gradient_tokens
-from sphere.forward.layers import LayerStack, RecordedCalls, inference
+from sphere.forward.layers import LayerStack, inference
 from sphere.forward.matmul_dtype import multiply_in, shared_heads
-from sphere.forward.padding import lines, packs
-from sphere.forward.prefixes import Places, PrefixStore, Segment
+from sphere.forward.padding import group_by_length, pack_rows
+from sphere.forward.prefixes import PrefixStore
 from sphere.forward.stop_check import StopCheck
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
-from sphere.values.context_templates import BARE, fill, padding_id
-from sphere.values.tokenization import encode, encode_pair, subject_token
+from sphere.values.context_templates import BARE
+from sphere.values.tokenization import padding_id
+from sphere.values.z_batches import MicroBatch, Prompt, prompts_of
 
 log = logging.getLogger(__name__)
 
 LOSS_TOLERANCE = 5e-2
-ESSENCE = "{} is a"
-REPACKED = 0.8  # share of the computed tokens that is open, at which what is done is left out
+REPACKED = 0.8  # fraction of the computed tokens that is open, at which what is done is left out
 
 
 @dataclass(frozen=True)
@@ -58,42 +74,6 @@ class TargetValues:
     steps: Tensor
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One sequence: its tokens, the lookup position and what is measured.
-
-    Attributes:
-        request: index of its request in the batch.
-        template: rows of one template begin alike.
-        scored: (position, label) of the target's tokens.
-        essence: whether the next-token distribution at the lookup position enters the KL term.
-        bare: the prompt alone, without a context before it: gives h0.
-    """
-
-    request: int
-    template: str
-    ids: list[int]
-    lookup: int
-    scored: tuple[tuple[int, int], ...] = ()
-    essence: bool = False
-    bare: bool = False
-
-    @property
-    def key(self) -> tuple[int, str]:
-        """What tells it from other rows."""
-        return self.request, self.template
-
-    @property
-    def prefix(self) -> list[int]:
-        """The constant tokens."""
-        return self.ids[: self.lookup]
-
-    @property
-    def suffix(self) -> list[int]:
-        """The tokens that see delta: from the lookup token on."""
-        return self.ids[self.lookup :]
-
-
 def compute_z(
     stack: LayerStack,
     tokenizer: PreTrainedTokenizerBase,
@@ -102,7 +82,7 @@ def compute_z(
     hparams: TargetHParams,
     *,
     batch_tokens: int | None = None,
-    products: torch.dtype | None = None,
+    matmul_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> TargetValues:
     """Optimise delta at the output of the last edited layer for all requests at once.
@@ -110,7 +90,7 @@ def compute_z(
     Args:
         templates: groups of context templates with one `{}`, the bare "{}" among them.
         batch_tokens: how many (padded) tokens one micro-batch may compute; by default what there is room for.
-        products: type in which the layers above z multiply while z is sought; None: the model's own.
+        matmul_dtype: in which the layers above z multiply while z is sought; None: the model's own.
 
     Returns:
         z (n x d) and what the optimisation did.
@@ -124,105 +104,26 @@ def compute_z(
             f"The context templates {flat} lack the bare '{BARE}', at which h0 is read: add it."
         )
     top = hparams.v_loss_layer == stack.n_layers - 1
-    rows = [
-        row
+    prompts = [
+        prompt
         for index, request in enumerate(requests)
-        for row in _rows(tokenizer, index, request, flat, kl=hparams.kl_factor != 0, merge=top)
+        for prompt in prompts_of(tokenizer, index, request, flat, kl=hparams.kl_factor != 0, merge=top)
     ]
-    above = stack.layers[max(hparams.layers) + 1 : hparams.v_loss_layer + 1]
-    batch_tokens = batch_tokens or gradient_tokens(above, stack.lm_head)
+    budget = gradient_pass_tokens(stack, hparams, batch_tokens)
     with inference(stack.model), shared_heads(stack.device):
-        loop = _Loop(stack, hparams, requests, rows, padding_id(tokenizer), batch_tokens)
-        with multiply_in(products, above):
+        loop = _Loop(stack, hparams, requests, prompts, padding_id(tokenizer), budget)
+        with multiply_in(matmul_dtype, _layers_above(stack, hparams)):
             return loop.optimise(progress)
 
 
-def _rows(
-    tokenizer: PreTrainedTokenizerBase,
-    index: int,
-    request: EditRequest,
-    templates: Sequence[str],
-    *,
-    kl: bool,
-    merge: bool,
-) -> list[_Row]:
-    """A request in every template with its target behind it, and "{subject} is a" up to its lookup token.
-
-    Args:
-        kl: whether the KL term counts.
-        merge: whether a bare prompt that begins with the subject may stand in for "{subject} is a".
-    """
-    what, rows = f"case {request.case_id}", []
-    essence = encode(tokenizer, ESSENCE.format(request.subject))
-    seen = essence.ids[: subject_token(tokenizer, essence, len(request.subject), what) + 1]
-    for template in templates:
-        filled = fill(template, request)
-        ids, start = encode_pair(tokenizer, filled.text, request.target_new)
-        lookup = subject_token(tokenizer, encode(tokenizer, filled.text), filled.subject_end, what)
-        if lookup >= start:
-            raise SphereError(
-                f"The subject of {what} shares its last token with the target: check the prompt."
-            )
-        scored = tuple((position - 1, ids[position]) for position in range(start, len(ids)))
-        stands_in = kl and merge and ids[: lookup + 1] == seen
-        kl = kl and not stands_in
-        rows.append(_Row(index, template, ids[:-1], lookup, scored, stands_in, template == BARE))
-    if kl:
-        rows.append(_Row(index, ESSENCE, seen, len(seen) - 1, essence=True))
-    return rows
+def gradient_pass_tokens(stack: LayerStack, hparams: TargetHParams, batch_tokens: int | None) -> int:
+    """How many tokens a micro-batch computes: those asked for, or what there is room for right now."""
+    return batch_tokens or gradient_tokens(_layers_above(stack, hparams), stack.lm_head)
 
 
-class _Pack:
-    """Lines computed together: the hidden states of their suffixes entering the loop, and where they are measured.
-
-    The rows of a line follow each other without seeing each other.
-    """
-
-    def __init__(
-        self,
-        stack: LayerStack,
-        store: PrefixStore,
-        lines: list[list[_Row]],
-        places: dict[tuple[int, str], Places],
-        first: int,
-        last: int,
-    ) -> None:
-        self.last = last
-        segments = [[Segment(places[row.key], row.suffix) for row in line] for line in lines]
-        with torch.no_grad():
-            self.recording: RecordedCalls = stack.record(store.inputs(segments), first, last)
-        self.kl_reference: Tensor | None = None  # essence rows x vocabulary, of the first step
-        device = self.recording.hidden.device  # delta's, which need not be that of the token ids
-        self.rows = [row for line in lines for row in line]
-        at = []  # where each row's lookup token is
-        for number, line in enumerate(lines):
-            ends = accumulate(len(row.suffix) for row in line)
-            at += [(number, end - len(row.suffix)) for row, end in zip(line, ends, strict=True)]
-        scored = [
-            ((line, column + position - row.lookup), label, row)
-            for (line, column), row in zip(at, self.rows, strict=True)
-            for position, label in row.scored
-        ]
-        essence = [(place, row) for place, row in zip(at, self.rows, strict=True) if row.essence]
-        measured = [place for place, *_ in scored] + [place for place, _ in essence]
-        points = {place: n for n, place in enumerate(dict.fromkeys(measured))}
-
-        def tensor(values: Iterable[float], dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.tensor(list(values), dtype=dtype, device=device)
-
-        self.requests = tensor(row.request for row in self.rows)
-        self.line, self.column = tensor(line for line, _ in at), tensor(column for _, column in at)
-        self.point_line, self.point_column = tensor(i for i, _ in points), tensor(j for _, j in points)
-        self.score_point = tensor(points[place] for place, *_ in scored)
-        self.labels = tensor(label for _, label, _ in scored)
-        self.shares = tensor((1 / len(row.scored) for *_, row in scored), torch.float32)
-        self.score_request = tensor(row.request for *_, row in scored)
-        self.kl_point = tensor(points[place] for place, _ in essence)
-        self.kl_request = tensor(row.request for _, row in essence)
-
-    def at_lookups(self) -> Tensor:
-        """What enters the loop at each row's lookup token: (rows x d)."""
-        return self.recording.hidden[self.line, self.column]
+def _layers_above(stack: LayerStack, hparams: TargetHParams) -> list[nn.Module]:
+    """The layers that the loop runs."""
+    return stack.layers[max(hparams.layers) + 1 : hparams.v_loss_layer + 1]
 
 
 class _Loop:
@@ -233,7 +134,7 @@ class _Loop:
         stack: LayerStack,
         hparams: TargetHParams,
         requests: Sequence[EditRequest],
-        rows: Sequence[_Row],
+        prompts: Sequence[Prompt],
         pad: int,
         batch_tokens: int,
     ) -> None:
@@ -243,36 +144,39 @@ class _Loop:
             raise SphereError(
                 f"v_loss_layer {hparams.v_loss_layer} lies below the last edited layer {self.z_layer}: raise it."
             )
-        self.prompts_per_request = sum(bool(row.scored) for row in rows) // len(requests)
+        self.prompts_per_request = sum(bool(prompt.scored) for prompt in prompts) // len(requests)
         self.store = PrefixStore(stack, pad, batch_tokens)
-        places = self.store.add([row.prefix for row in rows], [row.template for row in rows])
-        self.places = {row.key: place for row, place in zip(rows, places, strict=True)}
-        self.together = stack.takes_trees(max((row.ids for row in rows), key=len))
-        self.packs = self._pack(rows)
+        slots = self.store.add([prompt.prefix for prompt in prompts], [prompt.template for prompt in prompts])
+        self.slots = {prompt.key: own for prompt, own in zip(prompts, slots, strict=True)}
+        self.packed = stack.takes_trees(max((prompt.ids for prompt in prompts), key=len))
+        self.micro_batches = self._lay_out(prompts)
         bare = {
-            row.request: hidden
-            for pack in self.packs
-            for row, hidden in zip(pack.rows, pack.at_lookups(), strict=True)
-            if row.bare
+            prompt.request: hidden
+            for batch in self.micro_batches
+            for prompt, hidden in zip(batch.prompts, batch.at_lookups(), strict=True)
+            if prompt.bare
         }
         h0 = torch.stack([bare[i] for i in range(len(requests))])  # n x d
         self.h0 = h0.to(torch.promote_types(h0.dtype, torch.float32))
         self.h0_norm = self.h0.norm(dim=1)  # n
 
-    def _pack(self, rows: Sequence[_Row]) -> list[_Pack]:
-        """Micro-batches of lines that end at the same layer; a row has a line of its own where models ask for it."""
+    def _lay_out(self, prompts: Sequence[Prompt]) -> list[MicroBatch]:
+        """Micro-batches that end at the same layer; a prompt has a row of its own where the model asks for it."""
         top, budget, result = self.stack.n_layers - 1, self.store.batch_tokens, []
-        last = [top if row.essence else self.hparams.v_loss_layer for row in rows]
+        last = [top if prompt.kl else self.hparams.v_loss_layer for prompt in prompts]
         for layer in sorted(set(last)):
-            chosen = [row for row, its in zip(rows, last, strict=True) if its == layer]
-            lengths = [len(row.suffix) for row in chosen]
-            if self.together:
-                groups = lines(lengths, budget)
+            chosen = [prompt for prompt, its in zip(prompts, last, strict=True) if its == layer]
+            lengths = [len(prompt.suffix) for prompt in chosen]
+            if self.packed:
+                groups = pack_rows(lengths, budget)
             else:
-                groups = [[[i] for i in group] for group in packs(lengths, budget, self.stack.pass_overhead)]
+                groups = [
+                    [[i] for i in group]
+                    for group in group_by_length(lengths, budget, self.stack.pass_overhead)
+                ]
             for group in groups:
-                own = [[chosen[i] for i in line] for line in group]
-                result.append(_Pack(self.stack, self.store, own, self.places, self.z_layer + 1, layer))
+                rows = [[chosen[i] for i in row] for row in group]
+                result.append(MicroBatch(self.stack, self.store, rows, self.slots, self.z_layer + 1, layer))
         return result
 
     def optimise(self, progress: bool) -> TargetValues:
@@ -282,16 +186,16 @@ class _Loop:
         adam = torch.optim.Adam([delta], lr=self.hparams.v_lr)
         final = torch.zeros_like(self.h0)
         losses = self.h0.new_zeros(n)
-        taken = torch.zeros(n, dtype=torch.long, device=self.h0.device)
+        n_steps = torch.zeros(n, dtype=torch.long, device=self.h0.device)
         alive = torch.ones(n, dtype=torch.bool, device=self.h0.device)
-        watch = StopCheck(self.h0.device)
+        stop_check = StopCheck(self.h0.device)
         bar = tqdm(range(steps), desc="target z", unit="step", leave=False, disable=not progress)
         for step in bar:
             last = step == steps - 1
             adam.zero_grad(set_to_none=False)
             now = self._losses(delta, gradient=not last)
             losses = torch.where(alive, now, losses)
-            taken += alive
+            n_steps += alive
             finished = alive if last else alive & (now < LOSS_TOLERANCE)
             final = torch.where(finished[:, None], delta.detach(), final)
             alive = alive & ~finished
@@ -299,54 +203,55 @@ class _Loop:
                 break
             adam.step()
             self._clamp(delta)
-            seen = watch.read(alive, losses)
-            if seen is None:
+            known = stop_check.read(alive, losses)
+            if known is None:
                 continue
-            is_open, mean_loss = seen
+            is_open, mean_loss = known
             if not any(is_open) or not math.isfinite(mean_loss):
                 break
             bar.set_postfix(open=sum(is_open), loss=f"{mean_loss:.3f}", refresh=False)
             self._drop(is_open)
         bar.close()
         if not torch.isfinite(losses).all():
-            self._report_not_finite(losses, taken)
-        log.debug("target z: losses %s, steps %s", losses.tolist(), taken.tolist())
-        return TargetValues(self.h0 + final, self.h0, losses, taken)
+            self._report_not_finite(losses, n_steps)
+        log.debug("target z: losses %s, steps %s", losses.tolist(), n_steps.tolist())
+        return TargetValues(self.h0 + final, self.h0, losses, n_steps)
 
     def _losses(self, delta: Tensor, gradient: bool) -> Tensor:
         """Loss of each request (n,); its gradient is added to delta.grad, one micro-batch after the other."""
         total = torch.zeros_like(self.h0_norm)
         with torch.set_grad_enabled(gradient):
             # One graph at a time: a list of all parts would hold those of all micro-batches.
-            for part in chain((self._pack_losses(pack, delta) for pack in self.packs), [self._decay(delta)]):
+            parts = (self._micro_batch_losses(batch, delta) for batch in self.micro_batches)
+            for part in chain(parts, [self._decay(delta)]):
                 if gradient:
                     part.sum().backward()
                 total += part.detach()
         return total
 
-    def _pack_losses(self, pack: _Pack, delta: Tensor) -> Tensor:
-        """What a pack adds to each request's loss (n,).
+    def _micro_batch_losses(self, batch: MicroBatch, delta: Tensor) -> Tensor:
+        """What a micro-batch adds to each request's loss (n,).
 
         The mean over prompts of the mean negative log-likelihood of the target's tokens, and
-        kl_factor * KL(now || first step) of the next token after "{subject} is a"'s lookup position.
+        kl_factor * KL(now || first step) of the next token at the KL prompt's lookup position.
         """
-        hidden = pack.recording.hidden  # lines x positions x d
-        at_lookup = pack.at_lookups().to(delta.dtype) + delta[pack.requests]  # rows x d
-        hidden = hidden.index_put((pack.line, pack.column), at_lookup.to(hidden.dtype))
-        points = self.stack.run_at(
-            pack.recording, hidden, self.z_layer + 1, pack.last, pack.point_line, pack.point_column
-        )
-        logits = self.stack.logits(points)  # points x vocabulary
-        scored, labels = pack.score_point.to(logits.device), pack.labels.to(logits.device)
-        nll = F.cross_entropy(logits[scored], labels, reduction="none").to(delta)
-        total = torch.zeros_like(self.h0_norm)
-        total = total.index_add(0, pack.score_request, nll * pack.shares.to(delta) / self.prompts_per_request)
-        if len(pack.kl_point):
-            now = F.log_softmax(logits[pack.kl_point.to(logits.device)], dim=-1)  # essence rows x vocabulary
-            if pack.kl_reference is None:
-                pack.kl_reference = now.detach()
-            kl = F.kl_div(pack.kl_reference, now, log_target=True, reduction="none").sum(dim=1).to(delta)
-            total = total.index_add(0, pack.kl_request, self.hparams.kl_factor * kl)
+        hidden = batch.recorded.hidden  # rows x columns x d
+        at_lookup = batch.at_lookups().to(delta.dtype) + delta[batch.requests]  # prompts x d
+        hidden = hidden.index_put((batch.lookup_row, batch.lookup_column), at_lookup.to(hidden.dtype))
+        at_points = self.stack.run_at(
+            batch.recorded, hidden, self.z_layer + 1, batch.last, batch.point_row, batch.point_column
+        )  # points x d
+        logits = self.stack.logits(at_points)  # points x vocabulary
+        scored, labels = batch.score_point.to(logits.device), batch.labels.to(logits.device)
+        nll = F.cross_entropy(logits[scored], labels, reduction="none").to(delta)  # scored tokens
+        weighted = nll * batch.score_weight.to(delta) / self.prompts_per_request
+        total = torch.zeros_like(self.h0_norm).index_add(0, batch.score_request, weighted)
+        if len(batch.kl_point):
+            now = F.log_softmax(logits[batch.kl_point.to(logits.device)], dim=-1)  # KL prompts x vocabulary
+            if batch.kl_reference is None:
+                batch.kl_reference = now.detach()
+            kl = F.kl_div(batch.kl_reference, now, log_target=True, reduction="none").sum(dim=1).to(delta)
+            total = total.index_add(0, batch.kl_request, self.hparams.kl_factor * kl)
         return total
 
     def _decay(self, delta: Tensor) -> Tensor:
@@ -361,25 +266,25 @@ class _Loop:
 
     def _drop(self, is_open: Sequence[bool]) -> None:
         """Lay out anew what is open, once that is enough less than what is computed."""
-        rows = [row for pack in self.packs for row in pack.rows]
-        left = [row for row in rows if is_open[row.request]]
-        if sum(len(row.suffix) for row in left) > REPACKED * sum(len(row.suffix) for row in rows):
+        prompts = [prompt for batch in self.micro_batches for prompt in batch.prompts]
+        left = [prompt for prompt in prompts if is_open[prompt.request]]
+        if sum(len(p.suffix) for p in left) > REPACKED * sum(len(p.suffix) for p in prompts):
             return
         references = {
             request: reference
-            for pack in self.packs
-            if pack.kl_reference is not None
-            for request, reference in zip(pack.kl_request.tolist(), pack.kl_reference, strict=True)
+            for batch in self.micro_batches
+            if batch.kl_reference is not None
+            for request, reference in zip(batch.kl_request.tolist(), batch.kl_reference, strict=True)
         }
-        self.packs = self._pack(left)
-        for pack in self.packs:
-            if len(pack.kl_request):
-                pack.kl_reference = torch.stack([references[i] for i in pack.kl_request.tolist()])
+        self.micro_batches = self._lay_out(left)
+        for batch in self.micro_batches:
+            if len(batch.kl_request):
+                batch.kl_reference = torch.stack([references[i] for i in batch.kl_request.tolist()])
 
-    def _report_not_finite(self, losses: Tensor, taken: Tensor) -> None:
+    def _report_not_finite(self, losses: Tensor, n_steps: Tensor) -> None:
         broken = (~torch.isfinite(losses)).nonzero()[:, 0].tolist()
-        step, cases = max(taken[broken].tolist()), [self.edits[i].case_id for i in broken]
+        step, cases = max(n_steps[broken].tolist()), [self.edits[i].case_id for i in broken]
         raise SphereError(
             f"The loss of target z at layer {self.z_layer} is not finite at step {step} for case(s) {cases}: the "
-            "weights may be broken (see the batches before), or try a smaller v_lr or --dtype float32."
+            "weights may be broken (see the batches before), or try a smaller v_lr or the dtype float32."
         )

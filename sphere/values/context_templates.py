@@ -1,6 +1,7 @@
 """Context templates: short beginnings, written by the model itself, that a fact is put behind.
 
-Two groups, as MEMIT has them: the bare prompt, and five continuations of "The", "Therefore", "Because", "I", "You".
+Two groups, as MEMIT has them: the bare prompt, and five continuations of "The", "Therefore", "Because", "I", "You",
+each by 10 tokens sampled from the 5 likeliest, whatever generation defaults the model brings along.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from sphere.forward.generate import generate
 from sphere.requests import EditRequest
+from sphere.values.tokenization import encode, padding_id
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +33,15 @@ class Filled:
     subject_end: int
 
 
-def fill(template: str, request: EditRequest) -> Filled:
-    """Put a request's prompt and subject into a template such as "The sky is blue. {}"."""
+def fill(template: str, request: EditRequest, bos: str = "") -> Filled:
+    """Put a request's prompt and subject into a template such as "The sky is blue. {}".
+
+    Args:
+        bos: how BOS is written in a text: a prompt that begins with it leaves it at the very front.
+    """
     prompt = template.replace(BARE, request.prompt)
+    if bos and request.prompt.startswith(bos):
+        prompt = bos + template.replace(BARE, request.prompt.removeprefix(bos))
     return Filled(prompt.replace("{}", request.subject), prompt.index("{}") + len(request.subject))
 
 
@@ -49,24 +58,11 @@ def generate_context_templates(
         eos_token_id=tokenizer.eos_token_id,
     )
     templates = []
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for beginning in BEGINNINGS:
-            inputs = tokenizer(beginning, return_tensors="pt").to(device)
-            ids = model.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                generation_config=config,
-            )
+            ids = generate(model, [encode(tokenizer, beginning).ids], config)
             text = str(tokenizer.decode(ids[0], skip_special_tokens=True))
             templates.append(text.replace("{", " ").replace("}", " ") + ". {}")
     log.info("Context templates: %s", templates)
     return (BARE,), tuple(templates)
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token id to fill rows with (masked, so any will do)."""
-    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if value is not None:
-            return int(value)
-    return 0

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
-from sphere.values.context_templates import padding_id
+from sphere.forward.generate import generate
+from sphere.values.tokenization import padding_id, truncated_ids
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +75,10 @@ def documents(
     for text in texts:
         if count == n_documents:
             break
-        ids = tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"] if text.strip() else []
+        ids = truncated_ids(tokenizer, text, max_tokens) if text.strip() else []
         if ids:
             count += 1
-            yield list(ids)
+            yield ids
     if not count:
         raise SphereError(f"The corpus '{source}' holds no text: give mom2_dataset another one.")
     if count < n_documents:
@@ -121,7 +122,7 @@ def _file_texts(path: Path) -> Iterator[str]:
                 yield json.loads(line)["text"] if line.strip() else ""
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise SphereError(
-                    f'Line {number} of {path} is not a JSON object with a "text" key: mend or remove it.'
+                    f'Line {number} of {path} is not a JSON object with a "text" key: correct or remove it.'
                 ) from error
 
 
@@ -158,11 +159,8 @@ def sample_documents(
         bar = tqdm(total=n_documents, desc="sampling text", unit="doc", leave=False, disable=not progress)
         while len(result) < n_documents:
             size = min(batch, n_documents - len(result))
-            first = ordinary[torch.randint(len(ordinary), (size,))][:, None].to(device)
-            ids = model.generate(
-                input_ids=first, attention_mask=torch.ones_like(first), generation_config=config
-            )
-            result += ids.tolist()
+            first = ordinary[torch.randint(len(ordinary), (size,))][:, None]  # documents x 1
+            result += generate(model, first.tolist(), config).tolist()
             bar.update(size)
         bar.close()
     return result

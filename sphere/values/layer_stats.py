@@ -26,15 +26,15 @@ from sphere.errors import SphereError
 from sphere.files import atomic_path, remove_leftovers
 from sphere.fingerprint import Fingerprint
 from sphere.forward.layers import LayerStack
-from sphere.forward.padding import packs, pad_right
+from sphere.forward.padding import group_by_length, pad_right
 from sphere.hparams import HParams
 from sphere.models import DTYPES
-from sphere.values.context_templates import padding_id
 from sphere.values.corpus import MAX_TOKENS, corpus_key, documents
+from sphere.values.tokenization import padding_id
 
 log = logging.getLogger(__name__)
 
-TRAVELLING_TOKENS = 8192  # keys that make one product where its sum is on another device
+TRANSFER_TOKENS = 8192  # keys that make one product where its sum is on another device
 
 STRIPS = 8  # of a product's rows: (8 + 1) / 16 of it is computed
 MIN_STRIP = 64
@@ -82,7 +82,7 @@ def layer_stats(
                 waiting.setdefault(layer, []).append(k[mask.to(k.device)])
             tokens = sum(len(x) for x in batch)
             count, waiting_tokens = count + tokens, waiting_tokens + tokens
-            if device is None or waiting_tokens >= TRAVELLING_TOKENS:
+            if device is None or waiting_tokens >= TRANSFER_TOKENS:
                 add_up()
                 waiting_tokens = 0
         add_up()
@@ -106,12 +106,12 @@ class _Sum:
 
     def add(self, keys: Tensor) -> None:
         """Add keys (tokens x in), multiplied in float32."""
-        halves = keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16)
-        keys = keys if halves else keys.float()
+        half_precision = keys.is_cuda and keys.dtype in (torch.bfloat16, torch.float16)
+        keys = keys if half_precision else keys.float()
         for start, end in self.strips:
             left, right = keys[:, start:end].T, keys[:, :end]
-            # A GPU multiplies halves as they are: their products are exact in the float32 that it adds up in.
-            product = torch.mm(left, right, out_dtype=torch.float32) if halves else left @ right
+            # A GPU multiplies half precision as it is: the products are exact in the float32 that it adds up in.
+            product = torch.mm(left, right, out_dtype=torch.float32) if half_precision else left @ right
             self.total[start:end, :end] += product.to(self.total.device)
 
     def whole(self) -> Tensor:
@@ -126,7 +126,7 @@ def _batches(token_ids: Iterable[Sequence[int]], budget: int) -> Iterator[list[S
     window: list[Sequence[int]] = []
 
     def flush() -> Iterator[list[Sequence[int]]]:
-        for group in packs([len(ids) for ids in window], budget):
+        for group in group_by_length([len(ids) for ids in window], budget):
             yield [window[i] for i in group]
         window.clear()
 

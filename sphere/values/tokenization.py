@@ -1,7 +1,7 @@
 """From text to token positions, for any tokenizer: where a subject ends and where a target begins.
 
-Everything is asked of the tokenizer's own offsets, so BOS tokens, leading-space pieces and appended special
-tokens need no case of their own. Knows nothing of models or hyperparameters.
+Everything is asked of the tokenizer's own offsets (a slow one has none: there, of what it decodes to), so BOS tokens,
+leading-space pieces and appended special tokens need no case of their own. Knows nothing of models or hyperparameters.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ class Encoded:
     ends: list[int]
 
     def token_at(self, position: int) -> int:
-        """Index of the token that covers the text's character `position` (0-based)."""
+        """Index of the first token that covers the text's character `position` (0-based).
+
+        Raises:
+            IndexError: no token does.
+        """
         for index, end in enumerate(self.ends):
             if end > position:
                 return index
@@ -29,21 +33,38 @@ class Encoded:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
-    """Tokenise `text` as the model expects it (BOS where the tokenizer adds one, never a trailing EOS)."""
-    if tokenizer.is_fast:
-        batch = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-        ids, ends = list(batch["input_ids"]), [end for _, end in batch["offset_mapping"]]
-        special = batch["special_tokens_mask"]
-        while ids and special[len(ids) - 1] and ends[-1] == 0 and len(ids) > 1:
-            ids, ends = ids[:-1], ends[:-1]
-        return Encoded(ids, _monotone(ends))
+    """Tokenise `text` as the model expects it: BOS where the tokenizer adds one, never two, never a trailing EOS."""
+    ids, ends = _fast(tokenizer, text) if tokenizer.is_fast else _slow(tokenizer, text)
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos] and ends[0] == 0:  # the text begins with a BOS of its own
+        ids, ends = ids[1:], ends[1:]
+    return Encoded(ids, ends)
+
+
+def _fast(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    batch = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids, ends = list(batch["input_ids"]), [end for _, end in batch["offset_mapping"]]
+    special = batch["special_tokens_mask"]
+    while ids and special[len(ids) - 1] and ends[-1] == 0 and len(ids) > 1:
+        ids, ends = ids[:-1], ends[:-1]
+    return ids, _monotone(ends)
+
+
+def _slow(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Without offsets, a token ends where the shortest decoded prefix that contains it ends."""
     ids = list(tokenizer(text)["input_ids"])
     while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
-    # Without offsets: a token ends where the shortest decoded prefix that contains it ends.
-    skip = len(tokenizer.decode([]))
-    ends = [len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) - skip for i in range(len(ids))]
-    return Encoded(ids, [min(end, len(text)) for end in _monotone(ends)])
+    bos = bos_text(tokenizer)
+    before = len(bos) if bos and text.startswith(bos) else 0  # of the text, which decoding leaves out
+    empty = len(tokenizer.decode([]))
+    ends = [
+        before + len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) - empty
+        for i in range(len(ids))
+    ]
+    if before and ids[:2] == [tokenizer.bos_token_id] * 2:
+        ends[0] = 0  # that one was added
+    return ids, [min(end, len(text)) for end in _monotone(ends)]
 
 
 def _monotone(ends: list[int]) -> list[int]:
@@ -53,6 +74,30 @@ def _monotone(ends: list[int]) -> list[int]:
         highest = max(highest, end)
         result.append(highest)
     return result
+
+
+def truncated_ids(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int) -> list[int]:
+    """The first token ids of a text, for what needs no offsets; BOS and EOS as in `encode`."""
+    ids = list(tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    while len(ids) > 1 and ids[-1] == eos:
+        ids.pop()
+    return ids
+
+
+def bos_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How BOS is written in a text; empty where the tokenizer has none."""
+    return "" if tokenizer.bos_token is None else str(tokenizer.bos_token)
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token id to fill rows with (masked, so any will do)."""
+    for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if value is not None:
+            return int(value)
+    return 0
 
 
 def continuation(target: str) -> str:
@@ -77,7 +122,7 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) ->
     return encoded.ids, max(start, 1)  # the very first token has no context to be predicted from
 
 
-def subject_token(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, subject_end: int, what: str) -> int:
+def subject_token(encoded: Encoded, subject_end: int, what: str) -> int:
     """Index of the token that holds the subject's last character (`fact_token` "subject_last").
 
     Args:

@@ -39,9 +39,10 @@ from sphere.fingerprint import Fingerprint
 from sphere.forward.layers import LayerStack
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
-from sphere.values.compute_z import ESSENCE, TargetValues, compute_z
+from sphere.values.compute_z import TargetValues, compute_z
 from sphere.values.context_templates import fill
-from sphere.values.tokenization import encode, encode_pair
+from sphere.values.tokenization import bos_text, encode, encode_pair
+from sphere.values.z_batches import KL_PROMPT
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,8 @@ class TargetValueCache:
 
     def _rows(self, request: EditRequest, templates: Sequence[str]) -> list[Any]:
         """A request in words, and in the tokens of every text that the optimisation runs."""
-        filled = [fill(template, request) for template in templates]
-        texts = [*(f.text for f in filled), ESSENCE.format(request.subject)]
+        filled = [fill(template, request, bos_text(self.tokenizer)) for template in templates]
+        texts = [*(f.text for f in filled), KL_PROMPT.format(request.subject)]
         encoded = [encode(self.tokenizer, text) for text in texts]
         return [
             [request.prompt, request.subject, request.target_new],
