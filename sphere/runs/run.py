@@ -47,6 +47,7 @@ from sphere.runs.config import (
     hparams_path,
     saved_at,
 )
+from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,7 @@ def _execute(config: RunConfig, command: str | None, processes: Processes) -> Ru
         progress=processes.main,
         processes=processes,
     )
+    check_records(editor, records)
     if not previous:
         editor.method.prepare()  # what is wrong with it is said before an older run is removed
     decided = _decided(config, alpha, hparams.to_dict(), records, editor.edited)
