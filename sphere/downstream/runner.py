@@ -27,10 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sphere.checkpoints import Checkpoint, list_checkpoints, read_weights
 from sphere.distributed import Processes
 from sphere.downstream import harness
-from sphere.downstream.decoding import BATCH_TOKENS, greedy_batches
+from sphere.downstream.decoding import greedy_batches
 from sphere.downstream.metrics import summarise
 from sphere.downstream.tasks import Example, Task, choose
 from sphere.files import atomic_path, read_json, write_json
+from sphere.forward.passes import PassOptions
 from sphere.weights import EditedWeights
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def run_downstream(
     num_tests: int | None = None,
     tasks: list[str] | None = None,
     lm_eval_tasks: Sequence[str] | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    passes: PassOptions | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Score the unedited model and every checkpoint in `folder`; the model is left as it was.
@@ -60,7 +61,7 @@ def run_downstream(
         num_tests: only the first so many examples of each task; None for all.
         tasks: names of `sphere.downstream.TASKS`; None for all four.
         lm_eval_tasks: tasks for lm-evaluation-harness, beside the four (see `sphere.downstream.harness`).
-        batch_tokens: prompt tokens decoded at once.
+        passes: how forward passes are cut, and whether memory is saved.
         processes: among which the examples are shared out (lm-evaluation-harness runs in the main one); the main one
             writes the files.
 
@@ -71,11 +72,11 @@ def run_downstream(
     Raises:
         SphereError: no checkpoints, checkpoints of another model, missing task data, lm-eval not installed.
     """
-    folder, processes = Path(folder), processes or Processes()
+    folder, processes, passes = Path(folder), processes or Processes(), passes or PassOptions()
     checkpoints = list_checkpoints(folder)
     chosen = choose(tasks)
     examples = {task.name: task.examples(data_dir, num_tests) for task in chosen}
-    evaluator = harness.Harness(lm_eval_tasks, data_dir, num_tests) if lm_eval_tasks else None
+    evaluator = harness.Harness(lm_eval_tasks, data_dir, num_tests, passes) if lm_eval_tasks else None
     results = folder / FOLDER
     summary = processes.on_main(lambda: _old_summary(results / SUMMARY)) | {
         "model": model.config.name_or_path or type(model).__name__,
@@ -87,7 +88,7 @@ def run_downstream(
         if processes.main:
             write_json(results / SUMMARY, summary)
 
-    for checkpoint in _states(model, checkpoints):
+    for checkpoint in _states(model, checkpoints, passes.offload_device):
         name = f"edit_{checkpoint.n_edits}"
         place = results / name
         processes.on_main(partial(_forget_if_changed, place, checkpoint.path))
@@ -96,7 +97,7 @@ def run_downstream(
         scores = entry.setdefault("tasks", {})
         for task in chosen:
             path = place / f"{task.name}.jsonl"
-            records = _decode(model, tokenizer, task, examples[task.name], path, batch_tokens, processes)
+            records = _decode(model, tokenizer, task, examples[task.name], path, passes, processes)
             scores[task.name] = summarise(records, task.positive)
             write()
         if evaluator:
@@ -106,11 +107,17 @@ def run_downstream(
     return summary
 
 
-def _states(model: PreTrainedModel, checkpoints: list[Checkpoint]) -> Iterator[Checkpoint]:
-    """Put the model into each state in turn, the unedited one first, and back at the end."""
+def _states(
+    model: PreTrainedModel, checkpoints: list[Checkpoint], device: str | None
+) -> Iterator[Checkpoint]:
+    """Put the model into each state in turn, the unedited one first, and back at the end.
+
+    Args:
+        device: where the original weights are kept meanwhile; None: where they are.
+    """
     names = list(read_weights(checkpoints[0].path))
     weights = EditedWeights(model, names)
-    with weights.temporarily():
+    with weights.temporarily(device):
         if checkpoints[0].n_edits != 0:  # a run without its original weights: the model itself has them
             yield Checkpoint(Path(), 0)
         for checkpoint in checkpoints:
@@ -144,7 +151,7 @@ def _decode(
     task: Task,
     examples: list[Example],
     path: Path,
-    batch_tokens: int,
+    passes: PassOptions,
     processes: Processes,
 ) -> list[dict[str, Any]]:
     """Graded records of all examples, in order; missing ones are decoded and saved batch by batch."""
@@ -162,7 +169,7 @@ def _decode(
     bar = tqdm(total=len(examples), initial=done, desc=label, unit="ex", disable=not processes.main)
 
     def decode(prompts: list[str]) -> Iterator[list[tuple[int, str]]]:
-        return greedy_batches(model, tokenizer, prompts, task.max_new_tokens, batch_tokens)
+        return greedy_batches(model, tokenizer, prompts, task.max_new_tokens, passes)
 
     batches = _shared(decode, [e.prompt for e in missing], processes)
     with bar if missing else nullcontext():
