@@ -63,6 +63,13 @@ def _add_editing_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="SPHERE: suppression strength (default: the paper's, 0.5 for AlphaEdit and 0.8 for the others)",
     )
+    edit.add_argument(
+        "--on_breakdown",
+        choices=("stop", "continue"),
+        default="stop",
+        help="whether an absurdly large update stops the run or is written, with a warning; what is not finite always "
+        "stops it",
+    )
     edit.add_argument("--seed", type=int, default=0, help="of everything that is sampled")
     edit.add_argument(
         "--dry_run",
@@ -129,8 +136,8 @@ def _add_scoring_and_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--batch_tokens",
         type=positive_int,
         default=None,
-        help="tokens in one forward pass, of editing and of scoring; less needs less memory (default: what suits the "
-        "device and the kind of pass)",
+        help="tokens in one forward pass, less needs less memory (default: 2048, and with a gradient what the device "
+        "has room for)",
     )
     machine.add_argument(
         "--z_matmul_dtype",
@@ -178,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         generation_interval=interval,
         data_dir=arguments.data_dir,
         dataset=load_records(arguments.ds_name, arguments.data_dir) if interval else None,
-        passes=config.passes,
+        batch_tokens=arguments.batch_tokens if arguments.conserve_memory else None,
         seed=arguments.seed,
         processes=run.processes,
     )

@@ -31,6 +31,13 @@ from sphere.files import atomic_path, read_json, write_json
 CONFIG_NAME = "run.json"
 RESUME_NAME = "resume.safetensors"
 RESUME_PARTS = "resume_*.safetensors"
+REPLACED = (
+    "replaced"  # in run.json while a run begins: files of the run before it, which go (`sphere.runs.folder`)
+)
+CHECKPOINT = re.compile(r"edit_(\d+)(\.safetensors|\.pth)?")
+RENAMED = {
+    "z_products": "z_matmul_dtype"
+}  # keys of run.json: as earlier versions wrote them, as they are today
 MOST_PARTS = 32  # then they are written anew as one
 
 
@@ -49,9 +56,11 @@ def run_folder(
     return Path(output_dir) / alg / model / f"{dataset}_weight_data_batch_{num_edits}_{beta_hse:g}_{alpha:g}"
 
 
-def write_checkpoint(folder: str | Path, n_edits: int, weights: Mapping[str, Tensor]) -> Path:
-    """Save weights (in the model's own orientation) as `edit_<n_edits>.safetensors`, atomically."""
-    path = Path(folder) / f"edit_{n_edits}.safetensors"
+def write_checkpoint(
+    folder: str | Path, n_edits: int, weights: Mapping[str, Tensor], name: str | None = None
+) -> Path:
+    """Save weights (in the model's own orientation) as `edit_<n_edits>.safetensors` (or `name`), atomically."""
+    path = Path(folder) / (name or f"edit_{n_edits}.safetensors")
     with atomic_path(path) as temporary:
         save_file(
             {k: v.contiguous() for k, v in weights.items()}, temporary, metadata={"n_edits": str(n_edits)}
@@ -70,9 +79,15 @@ def list_checkpoints(folder: str | Path) -> list[Checkpoint]:
         raise SphereError(
             f"No folder {folder}: give --weight_folder a folder written by experiments.evaluate."
         )
+    if REPLACED in read_config(folder):
+        raise SphereError(
+            f"The run in {folder} was broken off as it began and has no checkpoints yet: start it again with "
+            "continue_from_run.",
+            argument="continue_from_run",
+        )
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
-        match = re.fullmatch(r"edit_(\d+)(\.safetensors|\.pth)?", path.name)
+        match = CHECKPOINT.fullmatch(path.name)
         if match and path.is_file():
             found.setdefault(int(match[1]), path)
             if path.suffix == ".safetensors":
@@ -123,7 +138,13 @@ def write_config(folder: str | Path, config: Mapping[str, Any]) -> None:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The configuration of the run that wrote `folder`; {} where there is none (published .pth runs)."""
     path = Path(folder) / CONFIG_NAME
-    return read_json(path, "run configuration") if path.exists() else {}
+    config: Any = read_json(path, "run configuration") if path.exists() else {}
+    if not isinstance(config, dict):
+        raise SphereError(f"The run configuration {path} is not a JSON object: no run of ours wrote it.")
+    for old, new in RENAMED.items():
+        if old in config:
+            config[new] = config.pop(old)
+    return config
 
 
 def write_resume(
@@ -187,7 +208,7 @@ def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
                 append_only |= {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise SphereError(
-            f"The resume point {path} is damaged ({error}): begin the run anew with --overwrite."
+            f"The resume point {path} is damaged ({error}): overwrite the run.", argument="overwrite"
         ) from error
     return tensors, append_only, content["state"]
 

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # An update this many times larger than its weight (Frobenius) is no edit but a broken solve.
 LARGEST_RELATIVE_UPDATE = 10.0
+ON_BREAKDOWN = ("stop", "continue")  # what such an update does
 # Prefixes of what a saved state holds.
 _WEIGHT, _RNG = "weight/", "rng/"
 
@@ -45,7 +46,7 @@ class BatchReport:
         seconds: wall time of the batch, without measuring.
         layers: weight name -> metrics: delta_norm, the Frobenius norm of the batch's change; weight_norm; what the
             rules say (rank r, principal shares, ...; the mean where a weight got several updates); what was measured.
-        warnings: sentences on repeated or conflicting requests.
+        warnings: sentences on repeated or conflicting requests, and on absurdly large updates that were written.
         measure_seconds: wall time of measuring (see `sphere.runs.monitor`); 0 where nothing was measured.
     """
 
@@ -64,6 +65,8 @@ class Editor:
         hparams: hyperparameters of the method's class.
         beta_hse: cumulative ratio of the SPHERE hook; 0 switches it off.
         alpha: suppression strength of the hook; None: the method's own (the paper's 0.8, AlphaEdit 0.5).
+        on_breakdown: "stop" refuses a batch with an absurdly large update; "continue" writes it with a warning, for
+            those who want to see the model collapse. What is not finite is never written.
         seed: of context templates that the model generates, and of the corpus behind second moments.
         passes: how forward passes are cut, and whether memory is saved.
         model_label: name of the model's folder in `stats_dir`.
@@ -95,6 +98,7 @@ class Editor:
         *,
         beta_hse: float = 0.5,
         alpha: float | None = None,
+        on_breakdown: str = "stop",
         seed: int = 0,
         passes: PassOptions | None = None,
         model_label: str = "model",
@@ -121,6 +125,7 @@ class Editor:
         )
         self.weights = self.edited.weights
         self.method = kind(self.edited, self.services, hparams)
+        self.on_breakdown = on_breakdown
         self.original = self.weights.snapshot(self.services.offload_device)
         self.n_edits = 0
 
@@ -138,7 +143,6 @@ class Editor:
         """
         if not requests:
             raise SphereError("There is nothing to edit: give at least one request.")
-        self.services.check_lengths(requests)
         warnings = check_batch(requests)
         start = time.perf_counter()
         before = self.weights.snapshot(self.services.offload_device)
@@ -147,7 +151,7 @@ class Editor:
         try:
             self._continue_conditioned()
             for name, delta in self.method.updates(requests):
-                noted.setdefault(name, []).append(self._write(name, delta, requests))
+                noted.setdefault(name, []).append(self._write(name, delta, requests, warnings))
             self._agree()
             layers: dict[str, dict[str, Any]] = {name: _mean(metrics) for name, metrics in noted.items()}
             for name, metrics in layers.items():
@@ -187,8 +191,10 @@ class Editor:
             earlier = self.weights.canonical(name, earlier).to(after)
             metrics.update(measure(name, after, earlier, metrics))
 
-    def _write(self, name: str, delta: Tensor, requests: Sequence[EditRequest]) -> Metrics:
-        """Pass one update through the rules and add it to its weight."""
+    def _write(
+        self, name: str, delta: Tensor, requests: Sequence[EditRequest], warnings: list[str]
+    ) -> Metrics:
+        """Pass one update through the rules and add it to its weight; what is odd about it is added to `warnings`."""
         weight = self.weights.get(name)
         where = f"{name} in the batch of cases {requests[0].case_id} to {requests[-1].case_id}"
         if not torch.isfinite(delta).all():
@@ -199,10 +205,14 @@ class Editor:
         delta, metrics = apply_rules(self.rules.each, delta.to(weight), weight)
         size, norm = float(delta.norm()), float(weight.norm())
         if not size <= LARGEST_RELATIVE_UPDATE * norm:
-            raise SphereError(
-                f"The update of {where} has norm {size:.3g} against {norm:.3g} of the weight: the batch was not "
-                "written; the model is breaking, use fewer edits, a stronger --alpha or a larger L2."
-            )
+            what = f"The update of {where} has norm {size:.3g} against {norm:.3g} of the weight"
+            if self.on_breakdown == "stop":
+                raise SphereError(
+                    f"{what}: the batch was not written; the model is breaking, use fewer edits, a stronger alpha or a "
+                    "larger L2, or on_breakdown=continue to see it break."
+                )
+            warnings.append(f"{what}: the model is breaking.")
+            log.warning("%s", warnings[-1])
         self.weights.add_(name, delta)
         if not self.weights.is_finite(name):
             raise SphereError(

@@ -1,8 +1,21 @@
 """The one exception of this package: a sentence for the user.
 
-It knows nothing of command lines; `sphere.commands.common` turns it into an exit status.
+It knows nothing of command lines; `sphere.commands.common` turns it into an exit status and names the flags.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class SphereError(Exception):
-    """Bad input or a state that cannot go on; the message says what, where and how to mend it."""
+    """Bad input or a state that cannot go on; the message says what, where and how to fix it.
+
+    Attributes:
+        arguments: names of the settings or parameters to correct, e.g. ("beta_hse",), as functions and `RunConfig` call
+            them. A command line adds how it spells them.
+    """
+
+    def __init__(self, message: str, *, argument: str | Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.arguments = (argument,) if isinstance(argument, str) else tuple(argument)

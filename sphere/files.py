@@ -8,8 +8,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from sphere.errors import SphereError
 
 LEFTOVER = ".part"  # ends the name of a file that is being written
+_TEMPORARY = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(LEFTOVER)}")  # as `tempfile` completes it
 
 
 @contextmanager
@@ -60,10 +62,41 @@ def append_line(path: Path, line: str) -> None:
         os.fsync(file.fileno())
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a file has a name that `atomic_path` gives while it is being written."""
+    return bool(_TEMPORARY.fullmatch(name))
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of killed writers, from a folder that nobody else is writing to."""
     for path in Path(folder).glob(f".*{LEFTOVER}"):
+        if is_leftover(path.name):
+            path.unlink(missing_ok=True)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Give a file the name of another, in the same folder; on the disk when the call returns."""
+    os.replace(source, target)
+    _sync(target.parent)
+
+
+def remove_files(folder: Path, paths: Iterable[str]) -> None:
+    """Remove files, and the subfolders that are empty without them; gone from the disk when the call returns.
+
+    Args:
+        paths: relative to `folder`; those that are gone already are no error.
+    """
+    places = set()
+    for name in paths:
+        path = Path(folder, name)
         path.unlink(missing_ok=True)
+        places |= {parent for parent in path.parents if parent.is_relative_to(folder) and parent.is_dir()}
+    for place in sorted(places, reverse=True):  # the inner ones first
+        if place != Path(folder):
+            remove_leftovers(place)
+        _sync(place)
+        if place != Path(folder) and not any(place.iterdir()):
+            place.rmdir()
 
 
 def _sync(path: Path) -> None:

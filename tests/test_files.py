@@ -91,10 +91,11 @@ def test_lines_are_added(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_writers_go(tmp_path: Path) -> None:
-    (tmp_path / ".file.json.abc.part").touch()
-    (tmp_path / "file.json").touch()
+    (tmp_path / ".file.json.abc12_3x.part").touch()
+    for name in ("file.json", ".film.part"):  # a download of the user's, not ours
+        (tmp_path / name).touch()
     remove_leftovers(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+    assert {p.name for p in tmp_path.iterdir()} == {"file.json", ".film.part"}
 
 
 def test_reading_what_is_not_json(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LLAMA_MODULES, tiny_hparams, tiny_llama
+from filelock import FileLock
 from safetensors.torch import load_file
 from tiny_run import TinyRun
 
@@ -176,14 +177,12 @@ def test_jobs_take_turns_at_devices():
 
 
 def test_two_processes_are_not_at_one_run(world):
-    from filelock import FileLock
-
     job = Job(world.config("sweep", alg_name="FT", dataset_size_limit=2))
     job.folder.mkdir(parents=True)
     with FileLock(job.folder / ".lock"):
         result = run_job(job)
     assert result["status"] == "busy"
-    assert "Another process is at the run" in result["error"]
+    assert "is in use by another process" in result["error"]
     assert not (job.folder / "job.json").exists()
 
 

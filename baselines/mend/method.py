@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -61,11 +62,18 @@ class MEND(Method):
         super().__init__(edited, services, hparams)
         self.editor: MendEditor | None = None
 
+    @property
+    def path(self) -> Path:
+        """Where the trained editor is."""
+        return editor_path(self.hparams, self.services.stats_dir, self.services.model_label)
+
     def prepare(self) -> None:
         if self.editor is None:
-            label = self.services.model_label
-            path = editor_path(self.hparams, self.services.stats_dir, label)
-            self.editor = load_editor(path, self.edited, label)
+            self.editor = load_editor(self.path, self.edited, self.services.model_label)
+
+    def prepared_from(self) -> dict[str, str]:
+        with self.path.open("rb") as file:
+            return {"trained_editor": hashlib.file_digest(file, "sha256").hexdigest()}
 
     @torch.no_grad()
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:

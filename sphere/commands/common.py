@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,7 @@ def run_cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
     Other exceptions are bugs and keep their traceback.
     """
     set_up_logging()
+    _end_at_a_second_interrupt()
     try:
         code = main(None)
     except SphereError as error:
@@ -160,6 +162,23 @@ def run_cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
             "bfloat16; what is written so far is kept, and --continue_from_run goes on from it."
         )
     sys.exit(code or 0)
+
+
+def _end_at_a_second_interrupt() -> None:
+    """Ctrl-C once ends the command in good order; once more, meanwhile, ends it at once: files are whole anyway."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background
+        return
+    interrupted = False
+
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal interrupted
+        if interrupted:
+            os.write(2, b"\nInterrupted again: ended at once.\n")  # print could have been interrupted itself
+            os._exit(EXIT_INTERRUPTED)
+        interrupted = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def _complain(sentence: str) -> int:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sphere.forward.passes import PassOptions
 from sphere.values.tokenization import encode
+
+BATCH_TOKENS = 8192  # prompt tokens per batch, padding included
 
 
 def greedy_batches(
@@ -21,13 +22,12 @@ def greedy_batches(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int,
-    passes: PassOptions | None = None,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[list[tuple[int, str]]]:
     """Yield batches of (index of the prompt, decoded continuation), longest prompts first.
 
     A prompt longer than the model's context loses tokens at its beginning.
     """
-    batch_tokens = (passes or PassOptions()).decoding_tokens
     room = _context(model) - max_new_tokens
     encoded = [encode(tokenizer, prompt).ids[-room:] for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))

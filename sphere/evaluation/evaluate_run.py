@@ -33,7 +33,7 @@ from sphere.evaluation.generation import CaseGenerator
 from sphere.evaluation.scoring import Case, RecordScorer, compare_predictions, count_prompts
 from sphere.evaluation.summary import retention, summarise
 from sphere.files import atomic_path, write_json
-from sphere.forward.passes import PassOptions
+from sphere.lock import locked
 from sphere.weights import EditedWeights
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def evaluate_run(
     data_dir: str | Path = "data",
     dataset: Sequence[Record] | None = None,
     ds_name: str | None = None,
-    passes: PassOptions | None = None,
+    batch_tokens: int | None = None,
     seed: int = 0,
     progress: bool = True,
     processes: Processes | None = None,
@@ -73,7 +73,7 @@ def evaluate_run(
         dataset: all records at hand, from which reference texts are built where none are published (default:
             `records`).
         ds_name: checked against the run's own, where both are known.
-        passes: how forward passes are cut, and whether memory is saved.
+        batch_tokens: tokens of one forward pass.
         seed: of generation and of the bootstrap.
         processes: among which the cases are shared out; the main one writes the files.
 
@@ -86,7 +86,7 @@ def evaluate_run(
     Raises:
         SphereError: no checkpoints, checkpoints of another model, or a dataset without the facts that were edited.
     """
-    folder, processes, passes = Path(folder), processes or Processes(), passes or PassOptions()
+    folder, processes = Path(folder), processes or Processes()
     checkpoints = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.n_edits]
     if not checkpoints:
         raise SphereError(f"The run in {folder} has no edits yet, only the original weights: edit first.")
@@ -101,25 +101,25 @@ def evaluate_run(
         interval=generation_interval,
         seed=seed,
         data_dir=data_dir,
-        passes=passes,
+        batch_tokens=batch_tokens,
         processes=processes,
     )
-    run = _Scoring(model, tokenizer, edited, folder, passes, generator, progress, processes)
-    with processes.together(), weights.temporarily(passes.offload_device):
+    run = _Scoring(model, tokenizer, edited, folder, batch_tokens, generator, progress, processes)
+    with processes.together(), locked(folder, processes), weights.temporarily():
         rows = _rows(run, weights, checkpoints, seed)
-    summary = {
-        "folder": str(folder),
-        "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
-        "dtype": str(model.dtype),
-        "dataset": ds_name or config.get("ds_name"),
-        "seed": seed,
-        "generation_interval": max(generation_interval, 0),
-        "units": "percent; fluency in bits, perplexity in 1; intervals: percentile bootstrap over cases, 95 %",
-        "notes": generator.notes,
-        "run": {key: value for key, value in config.items() if key != "case_ids"},
-        "checkpoints": rows,
-    }
-    processes.on_main(lambda: write_json(folder / FOLDER / SUMMARY_NAME, summary))
+        summary = {
+            "folder": str(folder),
+            "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
+            "dtype": str(model.dtype),
+            "dataset": ds_name or config.get("ds_name"),
+            "seed": seed,
+            "generation_interval": max(generation_interval, 0),
+            "units": "percent; fluency in bits, perplexity in 1; intervals: percentile bootstrap over cases, 95 %",
+            "notes": generator.notes,
+            "run": {key: value for key, value in config.items() if key != "case_ids"},
+            "checkpoints": rows,
+        }
+        processes.on_main(lambda: write_json(folder / FOLDER / SUMMARY_NAME, summary))
     return summary
 
 
@@ -235,7 +235,7 @@ class _Scoring:
         tokenizer: PreTrainedTokenizerBase,
         records: Sequence[Record],
         folder: Path,
-        passes: PassOptions,
+        batch_tokens: int | None,
         generator: CaseGenerator,
         progress: bool,
         processes: Processes,
@@ -243,7 +243,7 @@ class _Scoring:
         self.model, self.processes = model, processes
         self.records = records
         self.folder = folder / FOLDER
-        self.scorer = RecordScorer(model, tokenizer, passes)
+        self.scorer = RecordScorer(model, tokenizer, batch_tokens)
         self.generator = generator
         self.progress = progress and processes.main
 

@@ -58,6 +58,10 @@ class Method(ABC):
     def prepare(self) -> None:  # noqa: B027 (optional)
         """Whatever must be computed on the unedited model before the first batch."""
 
+    def prepared_from(self) -> dict[str, str]:
+        """What `prepare` has read beside the model, name -> digest: a continued run must find the same."""
+        return {}
+
     @abstractmethod
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         """Yield (weight name, Delta (out x in)) for a batch; each is written before the next one is asked for."""

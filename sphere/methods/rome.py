@@ -77,6 +77,10 @@ class ROME(Method):
         inverse = inverse_moment(self.services.second_moment(self.layer), 1.0, f"layer {self.layer}")
         self.direction = lambda key: inverse(key.double())
 
+    def prepared_from(self) -> dict[str, str]:
+        used = [self.layer] if self.hparams.mom2_adjustment else []
+        return {"second_moments": self.services.second_moments.digest(used)} if used else {}
+
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
         name = self.edited.weight_name(self.layer)

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sphere.files import atomic_path
+from sphere.lock import locked
 from sphere.report.collect import load_runs, measure
 from sphere.report.figures import draw
 from sphere.report.page import png, render, svg
 from sphere.report.style import drawing
 from sphere.report.tables import tables
+from sphere.runs.folder import RUN_FILE
 
 FOLDER = "report"
 PAGE_NAME = "report.html"
@@ -48,14 +50,15 @@ def make_report(folders: Sequence[str | Path], out: str | Path | None = None, pr
         )
         files = {f"{drawn.name}.svg": image for drawn, image in figures}
         files |= {f"{drawn.name}.png": png(drawn) for drawn, _ in figures}
-    for old in place.glob(f"{FIGURES}/*.??g"):
-        if old.name not in files:
-            old.unlink()  # of an earlier report, with other parts
-    for name, content in files.items():
-        with atomic_path(place / FIGURES / name) as temporary:
-            temporary.write_bytes(content)
-    with atomic_path(place / PAGE_NAME) as temporary:
-        temporary.write_text(page, "utf-8")
+    with locked(place):
+        for old in place.glob(f"{FIGURES}/*"):
+            if old.name not in files and RUN_FILE.fullmatch(f"{FOLDER}/{FIGURES}/{old.name}"):
+                old.unlink()  # of an earlier report, with other parts
+        for name, content in files.items():
+            with atomic_path(place / FIGURES / name) as temporary:
+                temporary.write_bytes(content)
+        with atomic_path(place / PAGE_NAME) as temporary:
+            temporary.write_text(page, "utf-8")
     return place / PAGE_NAME
 
 

@@ -24,7 +24,7 @@ from sphere.evaluation.evaluate_run import FOLDER as SUMMARY_FOLDER
 from sphere.evaluation.evaluate_run import SUMMARY_NAME
 from sphere.files import read_json
 from sphere.hypersphere import cosine_distribution, hyperspherical_energy
-from sphere.runs.run import LOG_NAME
+from sphere.runs.folder import LOG_NAME
 
 BINS = 4000  # of a cosine histogram over [-1, 1]
 PUBLISHED_FOLDER = re.compile(r"(?P<ds>.+)_weight_data_batch_(?P<n>\d+)_(?P<beta>[\d.]+)_(?P<alpha>[\d.]+)")
@@ -186,7 +186,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise SphereError(
-                    f"Line {number} of {path} is no batch of an editing log: mend or remove it."
+                    f"Line {number} of {path} is no batch of an editing log: correct or remove it."
                 ) from error
     return batches
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from sphere.checkpoints import run_folder
+from sphere.editor import ON_BREAKDOWN
 from sphere.errors import SphereError
 from sphere.forward.passes import PassOptions
 from sphere.methods import get_method
@@ -50,6 +51,7 @@ class RunConfig:
     tensorboard: bool = False
     batch_tokens: int | None = None
     z_matmul_dtype: str = "model"
+    on_breakdown: str = "stop"
     conserve_memory: bool = False
     use_cache: bool = False
     continue_from_run: bool = False
@@ -82,6 +84,11 @@ class RunConfig:
             raise SphereError(
                 f"--z_matmul_dtype is {' or '.join(Z_MATMUL_DTYPES)}, the type that the search for z multiplies in; "
                 f"got '{self.z_matmul_dtype}'."
+            )
+        if self.on_breakdown not in ON_BREAKDOWN:
+            raise SphereError(
+                f"on_breakdown is {' or '.join(ON_BREAKDOWN)}, what an absurdly large update does to the run; got "
+                f"'{self.on_breakdown}'."
             )
         if not 0 <= self.seed < 2**63:
             raise SphereError(f"--seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.")

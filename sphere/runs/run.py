@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,25 +18,21 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sphere.checkpoints import (
-    CONFIG_NAME,
-    RESUME_NAME,
-    RESUME_PARTS,
     Checkpoint,
     list_checkpoints,
-    read_config,
     read_resume,
     read_weights,
     write_checkpoint,
-    write_config,
     write_resume,
 )
 from sphere.data.records import Record, load_records
 from sphere.distributed import Processes, start
 from sphere.editor import BatchReport, Editor
 from sphere.errors import SphereError
-from sphere.files import append_line, atomic_path, check_writable, remove_leftovers
-from sphere.hparams import load_hparams
-from sphere.methods import EditedModel, get_method
+from sphere.files import append_line, atomic_path
+from sphere.hparams import ModuleHParams, load_hparams
+from sphere.lock import locked
+from sphere.methods import get_method
 from sphere.models import load_model, model_label
 from sphere.runs.config import (
     RunConfig,
@@ -47,16 +42,10 @@ from sphere.runs.config import (
     hparams_path,
     saved_at,
 )
-from sphere.runs.lengths import check_records
+from sphere.runs.folder import LOG_NAME, ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
 
 log = logging.getLogger(__name__)
-
-LOG_NAME = "batches.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
-# The configuration goes first: without it nothing else counts as a run.
-LEFTOVERS = (CONFIG_NAME, "edit_*.safetensors", "edit_*.pth", LOG_NAME, RESUME_NAME, RESUME_PARTS)
-LEFTOVER_FOLDERS = ("summary", "rect_eval", "report", TENSORBOARD_FOLDER)
 
 
 @dataclass
@@ -89,70 +78,85 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         command: kept with the configuration; by default the `experiments.evaluate` command of these settings.
 
     Raises:
-        SphereError: anything that the user can mend; checkpoints written so far are kept.
+        SphereError: anything that the user can fix; checkpoints written so far are kept.
     """
     processes = start(config.device, config.device_map)
     with processes.together():
-        return _execute(config, command, processes)
+        config.check()
+        method = get_method(config.alg_name)
+        if config.tensorboard:
+            check_tensorboard()
+        hparams = load_hparams(hparams_path(config), method.hparams_class)
+        method.rules(hparams, config.beta_hse, alpha_of(config))  # bad ratios are reported first
+        records = load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
+        batches = [records[i : i + config.num_edits] for i in range(0, len(records), config.num_edits)]
+        saved = saved_at(config.checkpoints, _ends(batches))
+        with locked(folder_of(config), processes):
+            return _execute(config, hparams, batches, saved, command, processes)
 
 
-def _execute(config: RunConfig, command: str | None, processes: Processes) -> Run:
-    config.check()
-    method = get_method(config.alg_name)
-    if config.tensorboard:
-        check_tensorboard()
-    alpha = alpha_of(config)
-    hparams = load_hparams(hparams_path(config), method.hparams_class)
-    method.rules(hparams, config.beta_hse, alpha)  # bad ratios are reported before anything is loaded
-    records = load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
-    batches = [records[i : i + config.num_edits] for i in range(0, len(records), config.num_edits)]
-    ends = _ends(batches)
-    saved = saved_at(config.checkpoints, ends)
+def _execute(
+    config: RunConfig,
+    hparams: ModuleHParams,
+    batches: Sequence[Sequence[Record]],
+    saved: set[int],
+    command: str | None,
+    processes: Processes,
+) -> Run:
+    """The run itself, in a folder that no other process is at."""
     folder = folder_of(config)
-    previous = processes.on_main(lambda: _open_folder(folder, config))
-
+    previous = processes.on_main(
+        lambda: open_folder(folder, continue_from_run=config.continue_from_run, overwrite=config.overwrite)
+    )
+    records = [record for batch in batches for record in batch]
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model_name, processes.device, config.dtype, config.device_map)
     log.info(
-        "%s on %d records in %d batches of %d.", method.name, len(records), len(batches), config.num_edits
+        "%s on %d records in %d batches of %d.", config.alg_name, len(records), len(batches), config.num_edits
     )
-    editor = Editor(
+    editor = _editor_of(config, model, tokenizer, hparams, previous.get("templates"), processes)
+    decided = _decided(config, hparams.to_dict(), records, editor)
+    _begin_or_continue(folder, decided, previous, editor, describe(config, command))
+    monitor = monitor_of(editor, folder, config.log_energy_every)
+    writer = (
+        TensorBoardWriter(folder / TENSORBOARD_FOLDER, editor.n_edits)
+        if config.tensorboard and processes.main
+        else None
+    )
+    reports = _edit(editor, batches, folder, saved, monitor, writer)
+    return Run(folder, model, tokenizer, editor, records, reports)
+
+
+def _editor_of(
+    config: RunConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    hparams: ModuleHParams,
+    templates: Sequence[Sequence[str]] | None,
+    processes: Processes,
+) -> Editor:
+    """The editor of a run; `templates`: the context templates that it began with, None for a new one."""
+    return Editor(
         model,
         tokenizer,
         config.alg_name,
         hparams,
         beta_hse=config.beta_hse,
-        alpha=alpha,
+        alpha=alpha_of(config),
         seed=config.seed,
         model_label=model_label(config.model_name),
         stats_dir=config.stats_dir,
         cache_dir=config.cache_dir if config.use_cache else None,
         passes=config.passes,
-        context_templates=previous.get("templates"),
+        context_templates=templates,
+        on_breakdown=config.on_breakdown,
         progress=processes.main,
         processes=processes,
     )
-    check_records(editor, records)
-    if not previous:
-        editor.method.prepare()  # what is wrong with it is said before an older run is removed
-    decided = _decided(config, alpha, hparams.to_dict(), records, editor.edited)
-    _begin_or_continue(folder, decided, previous, editor, describe(config, command))
-    monitor = monitor_of(editor, folder, config.log_energy_every)
-    board = (
-        TensorBoardWriter(folder / TENSORBOARD_FOLDER, editor.n_edits)
-        if config.tensorboard and processes.main
-        else None
-    )
-    reports = _edit(editor, batches, folder, saved, monitor, board)
-    return Run(folder, model, tokenizer, editor, records, reports)
 
 
 def _decided(
-    config: RunConfig,
-    alpha: float,
-    hparams: dict[str, Any],
-    records: Sequence[Record],
-    edited: EditedModel,
+    config: RunConfig, hparams: dict[str, Any], records: Sequence[Record], editor: Editor
 ) -> dict[str, Any]:
     """What must stay the same when a run is continued."""
     return {
@@ -163,11 +167,11 @@ def _decided(
         "requests": hashlib.sha256(repr([r.request for r in records]).encode()).hexdigest(),
         "num_edits": config.num_edits,
         "beta_hse": config.beta_hse,
-        "alpha": alpha,
+        "alpha": alpha_of(config),
         "seed": config.seed,
         "z_matmul_dtype": config.z_matmul_dtype,
-        "model": edited.fingerprint.now(),
-        "model_dtype": str(edited.model.dtype),
+        "model": editor.edited.fingerprint.now(),
+        "model_dtype": str(editor.edited.model.dtype),
     }
 
 
@@ -179,23 +183,30 @@ def _begin_or_continue(
     description: dict[str, Any],
 ) -> None:
     """Write what a new run starts with, or take up the resume point of the one that is there."""
+    on_main = editor.services.processes.on_main
+    if previous:
+        _check_same(previous, decided, folder)
+    editor.method.prepare()  # what is wrong with it is said before an older run is removed
+    prepared_from = editor.method.prepared_from()
     if not previous:
         more = {"templates": editor.services.context_templates, "transposed": editor.weights.transposed}
-
-        def begin() -> None:
-            _clear(folder)
-            write_checkpoint(folder, 0, editor.weights.stored())
-            write_config(folder, description | decided | more)  # last: with it go the original weights
-
-        editor.services.processes.on_main(begin)
+        config = description | decided | prepared_from | more
+        on_main(lambda: begin(folder, config, editor.weights.stored()))
         return
-    _check_same(previous, decided, folder)
+    _check_prepared(previous, prepared_from, folder)
+    on_main(lambda: _write_original(folder, editor))
     if point := read_resume(folder):
         editor.load_state(*point)
     elif last := _complete(folder, decided):
         editor.weights.restore(read_weights(last.path))
         editor.n_edits = last.n_edits
     log.info("Continuing %s after %d edits.", folder, editor.n_edits)
+
+
+def _write_original(folder: Path, editor: Editor) -> None:
+    """The original weights, where a full disk or somebody has taken them away; called on the unedited model."""
+    if not (folder / ORIGINAL_NAME).exists():
+        write_checkpoint(folder, 0, editor.weights.stored())
 
 
 def _complete(folder: Path, decided: dict[str, Any]) -> Checkpoint | None:
@@ -218,7 +229,7 @@ def _edit(
     folder: Path,
     saved: set[int],
     monitor: Monitor,
-    board: TensorBoardWriter | None,
+    writer: TensorBoardWriter | None,
 ) -> list[BatchReport]:
     """The batches that are not yet done; after each one the log, the checkpoint and the resume point are written."""
     ends, main = _ends(batches), editor.services.processes.main
@@ -240,11 +251,11 @@ def _edit(
             reports.append(report)
             if main:
                 _save(editor, folder, index, report, report.n_edits in saved)
-            if board:
-                board.add(report.n_edits, report.seconds, report.layers)
+            if writer:
+                writer.add(report.n_edits, report.seconds, report.layers)
             bar.update(len(batches[index]))
-    if board:
-        board.close()
+    if writer:
+        writer.close()
     return reports
 
 
@@ -272,40 +283,31 @@ def _ends(batches: Sequence[Sequence[Record]]) -> list[int]:
     return ends
 
 
-def _open_folder(folder: Path, config: RunConfig) -> dict[str, Any]:
-    """The configuration of the run to continue, or {}; a run that the user did not give up is never written over."""
-    exists = (folder / CONFIG_NAME).exists()
-    if config.continue_from_run and not exists:
-        raise SphereError(
-            f"There is no run to continue in {folder}: leave out --continue_from_run to begin it."
-        )
-    if exists and not config.continue_from_run and not config.overwrite:
-        raise SphereError(
-            f"{folder} already holds a run: give --continue_from_run to go on with it, --overwrite to replace it, or "
-            "another --output_dir."
-        )
-    check_writable(folder)
-    remove_leftovers(folder)
-    return read_config(folder) if config.continue_from_run else {}
-
-
 def _check_same(previous: dict[str, Any], decided: dict[str, Any], folder: Path) -> None:
     """A run goes on only as the run that it was."""
     different = [key for key, value in decided.items() if previous.get(key) != json.loads(json.dumps(value))]
     if different:
         raise SphereError(
             f"The run in {folder} was begun with other settings ({', '.join(different)}): continue it with the same "
-            "ones, or begin anew with --overwrite."
+            "ones, or overwrite it.",
+            argument="overwrite",
         )
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier run of the same name left, its scores included."""
-    for pattern in LEFTOVERS:
-        for path in folder.glob(pattern):
-            path.unlink()
-    for name in LEFTOVER_FOLDERS:
-        shutil.rmtree(folder / name, ignore_errors=True)
+def _check_prepared(previous: dict[str, Any], prepared_from: dict[str, str], folder: Path) -> None:
+    """And with the same numbers beside the model, whatever lies in their place today."""
+    for key, digest in prepared_from.items():
+        what = key.replace("_", " ")
+        if key not in previous:
+            log.info(
+                "The run in %s does not say which %s it began with: taking those of today.", folder, what
+            )
+        elif previous[key] != digest:
+            raise SphereError(
+                f"The run in {folder} was begun with other {what} than those of today: put those back into stats_dir, "
+                "or overwrite the run.",
+                argument=("stats_dir", "overwrite"),
+            )
 
 
 def _log_batch(folder: Path, index: int, report: BatchReport) -> None:

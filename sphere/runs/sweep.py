@@ -25,22 +25,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sphere.checkpoints import CONFIG_NAME, list_checkpoints, read_weights
 from sphere.data.records import load_records
 from sphere.errors import SphereError
 from sphere.evaluation.evaluate_run import FOLDER, SUMMARY_NAME, evaluate_run
 from sphere.evaluation.summary import COLUMNS, format_lines, format_table
 from sphere.files import atomic_path, read_json, write_json
+from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
 from sphere.runs.config import RunConfig, alpha_of, folder_of, hparams_path
-from sphere.runs.run import LOG_NAME, execute
+from sphere.runs.folder import JOB_NAME, LOG_NAME
+from sphere.runs.run import execute
 
 log = logging.getLogger(__name__)
 
-JOB_NAME = "job.json"
-LOCK_NAME = ".lock"
 TABLE_NAME = "sweep"
 # What a run's folder does not say by itself goes into the folder above it.
 UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype", "z_matmul_dtype")
@@ -109,34 +107,40 @@ def run_job(job: Job) -> dict[str, Any]:
         The content of job.json: {"status": "finished", "failed" or "busy" (another process is at it), "error",
         "seconds" (of all its starts), "settings"}.
     """
-    folder = job.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / JOB_NAME
+    folder, path = job.folder, job.folder / JOB_NAME
     try:
-        with FileLock(folder / LOCK_NAME, timeout=0):
+        with locked(folder):
             previous = read_json(path, "job") if path.exists() else {}
+            if path.exists() and not {"status", "settings"} <= previous.keys():
+                raise SphereError(f"{path} was not written by a sweep: move it, or choose another sweep_dir.")
             if _is_finished(previous, job):
                 log.info("%s: finished before.", folder)
                 return previous
-            note = {"settings": job.settings, "seconds": previous.get("seconds", 0.0)}
-            write_json(path, {"status": "unfinished", "error": None, **note})
-            start = time.perf_counter()
-            status, error = "finished", None
-            try:
-                _run(job)
-            except SphereError as problem:
-                status, error = "failed", str(problem)
-                log.error("%s: %s", folder, problem)
-            except Exception as problem:  # a bug or a full GPU: the other jobs go on
-                status, error = "failed", f"{type(problem).__name__}: {problem}"
-                log.exception("%s failed", folder)
-            note["seconds"] += time.perf_counter() - start
-            write_json(path, {"status": status, "error": error, **note})
-            return {"status": status, "error": error, **note}
-    except Timeout:
-        error = f"Another process is at the run in {folder}, or two jobs are the same."
-        log.error("%s", error)
-        return {"status": "busy", "error": error, "seconds": 0.0, "settings": job.settings}
+            return _attempt(job, path, previous.get("seconds", 0.0))
+    except SphereError as problem:  # the job could not begin; its folder is as it was
+        log.error("%s: %s", folder, problem)
+        status = "busy" if isinstance(problem, FolderInUseError) else "failed"
+        return {"status": status, "error": str(problem), "seconds": 0.0, "settings": job.settings}
+
+
+def _attempt(job: Job, path: Path, seconds: float) -> dict[str, Any]:
+    """Run and score a job; `seconds`: what earlier starts took."""
+    note: dict[str, Any] = {"settings": job.settings, "seconds": seconds}
+    write_json(path, {"status": "unfinished", "error": None, **note})
+    start = time.perf_counter()
+    status, error = "finished", None
+    try:
+        _run(job)
+    except SphereError as problem:
+        status, error = "failed", str(problem)
+        log.error("%s: %s", job.folder, problem)
+    except Exception as problem:  # a bug or a full GPU: the other jobs go on
+        status, error = "failed", f"{type(problem).__name__}: {problem}"
+        log.exception("%s failed", job.folder)
+    note["seconds"] += time.perf_counter() - start
+    result = {"status": status, "error": error, **note}
+    write_json(path, result)
+    return result
 
 
 def _run(job: Job) -> None:
@@ -152,7 +156,6 @@ def _run(job: Job) -> None:
         generation_interval=job.generation_interval,
         data_dir=config.data_dir,
         dataset=load_records(config.ds_name, config.data_dir) if job.generation_interval else None,
-        passes=config.passes,
         seed=config.seed,
     )
 
