@@ -17,6 +17,7 @@ from sphere.commands.common import add_data_flags, add_model_flags, make_parser,
 from sphere.data.records import Record, load_records
 from sphere.errors import SphereError
 from sphere.evaluation.scoring import RecordScorer, count_prompts
+from sphere.forward.passes import PassOptions
 from sphere.models import load_model
 
 GOAL = 2.5
@@ -48,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)
     model, tokenizer = load_model(args.model_name, args.device, args.dtype, args.device_map)
-    ours, plain = RecordScorer(model, tokenizer, args.batch_tokens), plain_scorer(model, tokenizer)
+    ours, plain = (
+        RecordScorer(model, tokenizer, PassOptions(batch_tokens=args.batch_tokens)),
+        plain_scorer(model, tokenizer),
+    )
     ours.score(records[:1], progress=False)  # warm up; also the probe of the mask
     plain.score(records[:1], progress=False)
     ours_seconds, plain_seconds, our_cases, plain_cases = 0.0, 0.0, [], []

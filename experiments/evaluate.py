@@ -136,8 +136,8 @@ def _add_scoring_and_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--batch_tokens",
         type=positive_int,
         default=None,
-        help="tokens in one forward pass, less needs less memory (default: 2048, and with a gradient what the device "
-        "has room for)",
+        help="tokens in one forward pass, of editing and of scoring; less needs less memory (default: what suits the "
+        "device and the kind of pass)",
     )
     machine.add_argument(
         "--z_matmul_dtype",
@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         generation_interval=interval,
         data_dir=arguments.data_dir,
         dataset=load_records(arguments.ds_name, arguments.data_dir) if interval else None,
-        batch_tokens=arguments.batch_tokens if arguments.conserve_memory else None,
+        passes=config.passes,
         seed=arguments.seed,
         processes=run.processes,
     )

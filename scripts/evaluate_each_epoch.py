@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from sphere.commands.common import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
+from sphere.forward.passes import PassOptions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -26,6 +27,11 @@ def parser() -> argparse.ArgumentParser:
         type=positive_int,
         default=None,
         help="tokens in one forward pass (default: by device)",
+    )
+    parser.add_argument(
+        "--conserve_memory",
+        action="store_true",
+        help="small forward passes; the original weights are kept off the GPU",
     )
     add_model_flags(parser)
     add_data_flags(parser, ds_name=None)
@@ -52,6 +58,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _passes(args: argparse.Namespace) -> PassOptions:
+    return PassOptions(batch_tokens=args.batch_tokens, conserve_memory=args.conserve_memory)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +92,7 @@ def _edits(args: argparse.Namespace) -> int:
         data_dir=args.data_dir,
         dataset=load_records(args.ds_name, args.data_dir) if interval else None,
         ds_name=args.ds_name,
-        batch_tokens=args.batch_tokens,
+        passes=_passes(args),
         seed=args.seed,
         processes=processes,
     )
@@ -110,6 +120,7 @@ def _downstream(args: argparse.Namespace) -> int:
             num_tests=args.num_tests,
             tasks=args.tasks,
             lm_eval_tasks=args.lm_eval_tasks,
+            passes=_passes(args),
             processes=processes,
         )
     if processes.main:

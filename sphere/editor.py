@@ -143,6 +143,7 @@ class Editor:
         """
         if not requests:
             raise SphereError("There is nothing to edit: give at least one request.")
+        self.services.check_lengths(requests)
         warnings = check_batch(requests)
         start = time.perf_counter()
         before = self.weights.snapshot(self.services.offload_device)

@@ -8,12 +8,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from accelerate.utils import align_module_device
-from torch import nn
+from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of all parameters: equal only for equal weights."""
     return Fingerprint(model).now()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over a tensor's shape, dtype and bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
+    digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Fingerprint:
@@ -45,8 +53,5 @@ class Fingerprint:
         module, result = self._model.get_submodule(path), {}
         with align_module_device(module):  # brings weights that a device_map has put on the disk
             for name in names:
-                parameter = getattr(module, name.rpartition(".")[2]).detach().cpu().contiguous()
-                digest = hashlib.sha256(f"{tuple(parameter.shape)}{parameter.dtype}".encode())
-                digest.update(parameter.view(-1).view(torch.uint8).numpy().data)
-                result[name] = digest.hexdigest()
+                result[name] = tensor_digest(getattr(module, name.rpartition(".")[2]))
         return result

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from task_data import write_task_data
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -17,39 +18,15 @@ from sphere.downstream import TASKS, harness, metrics, run_downstream, runner
 from sphere.downstream.decoding import greedy_batches, pad_left
 from sphere.downstream.harness import LOCAL_TASKS, Harness
 from sphere.errors import SphereError
+from sphere.forward.passes import PassOptions
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NAME = "model.layers.1.mlp.down_proj.weight"
-ROWS = {
-    "reasoning": [
-        {
-            "question": f"What is {i} plus {i}?",
-            "answer": f"{i} + {i} = <<{i}+{i}={2 * i}>>{2 * i}\n#### {2 * i}",
-        }
-        for i in range(1, 6)
-    ],
-    "open_domain_qa": [
-        {"question": f"who is {i}?", "answer": [f"Mr {i}", "nobody"], "output": [f"\n\nIt is Mr  {i}."]}
-        for i in range(5)
-    ],
-    "closed_domain_qa": [
-        {"question": f"is {i} even", "title": "t", "answer": i % 2 == 0, "passage": f"{i} is a\nnumber."}
-        for i in range(5)
-    ],
-}
-NLI = "index\tsentence1\tsentence2\tlabel\n" + "".join(
-    f'{i}\tHe said "{i}.\tHe spoke.\t{"" if i % 2 else "not_"}entailment\n' for i in range(5)
-)
 
 
 @pytest.fixture
 def data_dir(tmp_path):
-    folder = tmp_path / "data" / "task-data"
-    folder.mkdir(parents=True)
-    for name, rows in ROWS.items():
-        (folder / TASKS[name].file).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    (folder / TASKS["nli"].file).write_text(NLI, "utf-8")
-    return folder.parent
+    return write_task_data(tmp_path / "data")
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +155,11 @@ def test_published_files_are_read(name):
 def test_batched_decoding_matches_one_by_one(model, tokenizer):
     prompts = ["a", "the longest of all prompts " * 3, "some words", "", "x y z"]
     prompts = [p or "." for p in prompts]
-    batched = dict(pair for b in greedy_batches(model, tokenizer, prompts, 6, batch_tokens=150) for pair in b)
+    batched = dict(
+        pair
+        for b in greedy_batches(model, tokenizer, prompts, 6, PassOptions(batch_tokens=150))
+        for pair in b
+    )
     assert sorted(batched) == list(range(5))
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([tokenizer(prompt)["input_ids"]])
@@ -236,7 +217,7 @@ def test_resuming_decodes_only_what_is_missing(tmp_path, model, tokenizer, data_
     for run in (straight, killed):
         checkpoint(run, model, 0)
         checkpoint(run, model, 10, 2.0)
-    expected = run_downstream(model, tokenizer, straight, data_dir, batch_tokens=300)
+    expected = run_downstream(model, tokenizer, straight, data_dir, passes=PassOptions(batch_tokens=300))
 
     real, decoded = runner.greedy_batches, []
 
@@ -249,11 +230,13 @@ def test_resuming_decodes_only_what_is_missing(tmp_path, model, tokenizer, data_
 
     monkeypatch.setattr(runner, "greedy_batches", lambda *a: counted(*a, die_after=13))
     with pytest.raises(KeyboardInterrupt):
-        run_downstream(model, tokenizer, killed, data_dir, batch_tokens=300)
+        run_downstream(model, tokenizer, killed, data_dir, passes=PassOptions(batch_tokens=300))
     torn = killed / "rect_eval" / "edit_0" / "nli.jsonl"
     torn.write_text(torn.read_text("utf-8") + '{"index": 4, "pro', "utf-8")  # as another tool might leave it
     monkeypatch.setattr(runner, "greedy_batches", counted)
-    assert run_downstream(model, tokenizer, killed, data_dir, batch_tokens=300) == expected
+    assert (
+        run_downstream(model, tokenizer, killed, data_dir, passes=PassOptions(batch_tokens=300)) == expected
+    )
     assert len(decoded) == 2 * 4 * 5  # nothing twice
     decoded.clear()
     run_downstream(model, tokenizer, killed, data_dir, 3)

@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """Ten facts in batches of five by AlphaEdit with SPHERE, on second moments of little text."""
+    """Ten facts in batches of five by AlphaEdit with SPHERE, on second moments of a part of the shipped text."""
     place = tmp_path_factory.mktemp("end_to_end")
     hparams = json.loads((ROOT / "hparams/AlphaEdit/SmolLM2-135M.json").read_text("utf-8"))
     path = place / "hparams/AlphaEdit/SmolLM2-135M.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps(hparams | {"mom2_n_samples": 64}), "utf-8")
+    path.write_text(json.dumps(hparams | {"mom2_n_samples": 100}), "utf-8")
     flags = ["--dataset_size_limit=10", "--num_edits=5", "--device=cpu"]
     flags += [
         f"--hparams_dir={place / 'hparams'}",

@@ -142,5 +142,5 @@ def test_errors_say_what_to_change(tmp_path, tiny_tokenizer, stack):
     text.write_text("One line of text.\n", "utf-8")
     moments = moments_of(tmp_path, tiny_tokenizer, model=broken)
     moments.hparams = replace(moments.hparams, mom2_dataset=str(text))
-    with pytest.raises(SphereError, match="--dtype"):
+    with pytest.raises(SphereError, match="dtype float32"):
         moments.get(1)

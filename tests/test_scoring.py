@@ -26,6 +26,7 @@ from sphere.data.records import Record
 from sphere.errors import SphereError
 from sphere.evaluation.scoring import compare_predictions, count_prompts, score_records
 from sphere.forward.packing import Scored, one_per_row, pack
+from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
 from sphere.requests import EditRequest
 
@@ -158,7 +159,7 @@ def plain(model, tokenizer, prompt, target):
 def test_counterfact_equals_one_sequence_at_a_time(pair):
     model, tokenizer = pair
     records = counterfact_records()
-    cases = score_records(model, tokenizer, records, progress=False, batch_tokens=90)
+    cases = score_records(model, tokenizer, records, progress=False, passes=PassOptions(batch_tokens=90))
     assert [case["case_id"] for case in cases] == [0, 1, 2, 3]
     assert count_prompts(cases) == 4 * 5
     for record, case in zip(records, cases, strict=True):

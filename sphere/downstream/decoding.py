@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sphere.forward.passes import PassOptions
 from sphere.values.tokenization import encode
-
-BATCH_TOKENS = 8192  # prompt tokens per batch, padding included
 
 
 def greedy_batches(
@@ -22,12 +21,13 @@ def greedy_batches(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     max_new_tokens: int,
-    batch_tokens: int = BATCH_TOKENS,
+    passes: PassOptions | None = None,
 ) -> Iterator[list[tuple[int, str]]]:
     """Yield batches of (index of the prompt, decoded continuation), longest prompts first.
 
     A prompt longer than the model's context loses tokens at its beginning.
     """
+    batch_tokens = (passes or PassOptions()).decoding_tokens
     room = _context(model) - max_new_tokens
     encoded = [encode(tokenizer, prompt).ids[-room:] for prompt in prompts]
     order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i]), i))

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sphere.downstream.tasks import FOLDER
 from sphere.errors import SphereError
 from sphere.files import atomic_path, read_json, write_json
+from sphere.forward.passes import PassOptions
 
 log = logging.getLogger(__name__)
 
@@ -37,12 +38,19 @@ class Harness:
         tasks: task names.
         data_dir: holds `task-data`, which the local tasks read, and may hold further `lm_eval_tasks/*.yaml`.
         limit: only the first so many examples of each task.
+        passes: how forward passes are cut: at most BATCH_SIZE sequences, and fewer of long ones.
 
     Raises:
         SphereError: lm-eval is not installed, or a local task's data file is missing.
     """
 
-    def __init__(self, tasks: Sequence[str], data_dir: str | Path, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        data_dir: str | Path,
+        limit: int | None = None,
+        passes: PassOptions | None = None,
+    ) -> None:
         if importlib.util.find_spec("lm_eval") is None:
             raise SphereError(
                 "--lm_eval_tasks needs lm-evaluation-harness: run `pip install -r requirements-extra.txt`."
@@ -50,6 +58,7 @@ class Harness:
         self.tasks = list(dict.fromkeys(tasks))
         self.data_dir = Path(data_dir).resolve()
         self.limit = limit
+        self.passes = passes or PassOptions()
         self.local = local_tasks(self.data_dir)
         for task in self.tasks:
             if task in self.local:
@@ -88,7 +97,6 @@ class Harness:
         if not tasks:
             return {}
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
         with tempfile.TemporaryDirectory() as scratch:
@@ -104,7 +112,7 @@ class Harness:
                         "of `lm_eval ls tasks`."
                     )
             # The harness changes a tokenizer's padding.
-            wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=BATCH_SIZE)
+            wrapped = _harness_model(model, copy.deepcopy(tokenizer), self.passes.decoding_tokens)
             try:
                 output = lm_eval.simple_evaluate(
                     wrapped,
@@ -136,6 +144,30 @@ class Harness:
         }
         n = output.get("n-samples", {}).get(task, {}).get("effective")
         return {"n": n, **figures, "limit": self.limit, "lm_eval_version": version}
+
+
+def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_tokens: int) -> Any:
+    """The model as the harness takes it, its batches as small as their longest sequence asks."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Model(HFLM):  # within the function: lm-eval is an extra, and takes seconds to import
+        def _fit(self, longest: int) -> None:
+            longest = min(max(longest, 1), self.max_length)
+            self.batch_size_per_gpu = min(max(batch_tokens // longest, 1), BATCH_SIZE)
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **options: Any) -> Any:
+            self._fit(max((len(context) + len(rest) for _, context, rest in requests), default=1))
+            return super()._loglikelihood_tokens(requests, *args, **options)
+
+        def loglikelihood_rolling(self, requests: Any, *args: Any, **options: Any) -> Any:
+            self._fit(max((len(self.tok_encode(request.args[0])) + 1 for request in requests), default=1))
+            return super().loglikelihood_rolling(requests, *args, **options)
+
+        def generate_until(self, requests: Any, *args: Any, **options: Any) -> Any:
+            self._fit(max((len(self.tok_encode(request.args[0])) for request in requests), default=1))
+            return super().generate_until(requests, *args, **options)
+
+    return Model(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
 
 
 def _samples(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

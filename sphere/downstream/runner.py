@@ -27,10 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sphere.checkpoints import Checkpoint, list_checkpoints, read_weights
 from sphere.distributed import Processes
 from sphere.downstream import harness
-from sphere.downstream.decoding import BATCH_TOKENS, greedy_batches
+from sphere.downstream.decoding import greedy_batches
 from sphere.downstream.metrics import summarise
 from sphere.downstream.tasks import Example, Task, choose
 from sphere.files import atomic_path, read_json, write_json
+from sphere.forward.passes import PassOptions
 from sphere.lock import locked
 from sphere.weights import EditedWeights
 
@@ -49,7 +50,7 @@ def run_downstream(
     num_tests: int | None = None,
     tasks: list[str] | None = None,
     lm_eval_tasks: Sequence[str] | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    passes: PassOptions | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Score the unedited model and every checkpoint in `folder`; the model is left as it was.
@@ -61,7 +62,7 @@ def run_downstream(
         num_tests: only the first so many examples of each task; None for all.
         tasks: names of `sphere.downstream.TASKS`; None for all four.
         lm_eval_tasks: tasks for lm-evaluation-harness, beside the four (see `sphere.downstream.harness`).
-        batch_tokens: prompt tokens decoded at once.
+        passes: how forward passes are cut, and whether memory is saved.
         processes: among which the examples are shared out (lm-evaluation-harness runs in the main one); the main one
             writes the files.
 
@@ -72,14 +73,14 @@ def run_downstream(
     Raises:
         SphereError: no checkpoints, checkpoints of another model, missing task data, lm-eval not installed.
     """
-    folder, processes = Path(folder), processes or Processes()
+    folder, processes, passes = Path(folder), processes or Processes(), passes or PassOptions()
     list_checkpoints(folder)  # a wrong folder is reported first
     chosen = choose(tasks)
     examples = {task.name: task.examples(data_dir, num_tests) for task in chosen}
-    evaluator = harness.Harness(lm_eval_tasks, data_dir, num_tests) if lm_eval_tasks else None
+    evaluator = harness.Harness(lm_eval_tasks, data_dir, num_tests, passes) if lm_eval_tasks else None
     with locked(folder, processes):
         return _score_states(
-            model, tokenizer, folder, examples, chosen, evaluator, num_tests, batch_tokens, processes
+            model, tokenizer, folder, examples, chosen, evaluator, num_tests, passes, processes
         )
 
 
@@ -91,7 +92,7 @@ def _score_states(
     chosen: list[Task],
     evaluator: harness.Harness | None,
     num_tests: int | None,
-    batch_tokens: int,
+    passes: PassOptions,
     processes: Processes,
 ) -> dict[str, Any]:
     """The summary of a run whose folder no other process is at; written anew after every task."""
@@ -106,7 +107,7 @@ def _score_states(
         if processes.main:
             write_json(results / SUMMARY, summary)
 
-    for checkpoint in _states(model, list_checkpoints(folder)):
+    for checkpoint in _states(model, list_checkpoints(folder), passes.offload_device):
         name = f"edit_{checkpoint.n_edits}"
         place = results / name
         processes.on_main(partial(_forget_if_changed, place, checkpoint.path))
@@ -115,7 +116,7 @@ def _score_states(
         scores = entry.setdefault("tasks", {})
         for task in chosen:
             path = place / f"{task.name}.jsonl"
-            records = _decode(model, tokenizer, task, examples[task.name], path, batch_tokens, processes)
+            records = _decode(model, tokenizer, task, examples[task.name], path, passes, processes)
             scores[task.name] = summarise(records, task.positive)
             write()
         if evaluator:
@@ -125,11 +126,17 @@ def _score_states(
     return summary
 
 
-def _states(model: PreTrainedModel, checkpoints: list[Checkpoint]) -> Iterator[Checkpoint]:
-    """Put the model into each state in turn, the unedited one first, and back at the end."""
+def _states(
+    model: PreTrainedModel, checkpoints: list[Checkpoint], device: str | None
+) -> Iterator[Checkpoint]:
+    """Put the model into each state in turn, the unedited one first, and back at the end.
+
+    Args:
+        device: where the original weights are kept meanwhile; None: where they are.
+    """
     names = list(read_weights(checkpoints[0].path))
     weights = EditedWeights(model, names)
-    with weights.temporarily():
+    with weights.temporarily(device):
         if checkpoints[0].n_edits != 0:  # a run without its original weights: the model itself has them
             yield Checkpoint(Path(), 0)
         for checkpoint in checkpoints:
@@ -163,7 +170,7 @@ def _decode(
     task: Task,
     examples: list[Example],
     path: Path,
-    batch_tokens: int,
+    passes: PassOptions,
     processes: Processes,
 ) -> list[dict[str, Any]]:
     """Graded records of all examples, in order; missing ones are decoded and saved batch by batch."""
@@ -181,7 +188,7 @@ def _decode(
     bar = tqdm(total=len(examples), initial=done, desc=label, unit="ex", disable=not processes.main)
 
     def decode(prompts: list[str]) -> Iterator[list[tuple[int, str]]]:
-        return greedy_batches(model, tokenizer, prompts, task.max_new_tokens, batch_tokens)
+        return greedy_batches(model, tokenizer, prompts, task.max_new_tokens, passes)
 
     batches = _shared(decode, [e.prompt for e in missing], processes)
     with bar if missing else nullcontext():

@@ -33,6 +33,7 @@ from sphere.evaluation.generation import CaseGenerator
 from sphere.evaluation.scoring import Case, RecordScorer, compare_predictions, count_prompts
 from sphere.evaluation.summary import retention, summarise
 from sphere.files import atomic_path, write_json
+from sphere.forward.passes import PassOptions
 from sphere.lock import locked
 from sphere.weights import EditedWeights
 
@@ -56,7 +57,7 @@ def evaluate_run(
     data_dir: str | Path = "data",
     dataset: Sequence[Record] | None = None,
     ds_name: str | None = None,
-    batch_tokens: int | None = None,
+    passes: PassOptions | None = None,
     seed: int = 0,
     progress: bool = True,
     processes: Processes | None = None,
@@ -73,7 +74,7 @@ def evaluate_run(
         dataset: all records at hand, from which reference texts are built where none are published (default:
             `records`).
         ds_name: checked against the run's own, where both are known.
-        batch_tokens: tokens of one forward pass.
+        passes: how forward passes are cut, and whether memory is saved.
         seed: of generation and of the bootstrap.
         processes: among which the cases are shared out; the main one writes the files.
 
@@ -86,7 +87,7 @@ def evaluate_run(
     Raises:
         SphereError: no checkpoints, checkpoints of another model, or a dataset without the facts that were edited.
     """
-    folder, processes = Path(folder), processes or Processes()
+    folder, processes, passes = Path(folder), processes or Processes(), passes or PassOptions()
     checkpoints = [checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.n_edits]
     if not checkpoints:
         raise SphereError(f"The run in {folder} has no edits yet, only the original weights: edit first.")
@@ -101,11 +102,12 @@ def evaluate_run(
         interval=generation_interval,
         seed=seed,
         data_dir=data_dir,
-        batch_tokens=batch_tokens,
+        passes=passes,
         processes=processes,
     )
-    run = _Scoring(model, tokenizer, edited, folder, batch_tokens, generator, progress, processes)
-    with processes.together(), locked(folder, processes), weights.temporarily():
+    run = _Scoring(model, tokenizer, edited, folder, passes, generator, progress, processes)
+    offload = passes.offload_device
+    with processes.together(), locked(folder, processes), weights.temporarily(offload):
         rows = _rows(run, weights, checkpoints, seed)
         summary = {
             "folder": str(folder),
@@ -235,7 +237,7 @@ class _Scoring:
         tokenizer: PreTrainedTokenizerBase,
         records: Sequence[Record],
         folder: Path,
-        batch_tokens: int | None,
+        passes: PassOptions,
         generator: CaseGenerator,
         progress: bool,
         processes: Processes,
@@ -243,7 +245,7 @@ class _Scoring:
         self.model, self.processes = model, processes
         self.records = records
         self.folder = folder / FOLDER
-        self.scorer = RecordScorer(model, tokenizer, batch_tokens)
+        self.scorer = RecordScorer(model, tokenizer, passes)
         self.generator = generator
         self.progress = progress and processes.main
 

@@ -36,6 +36,8 @@ from sphere.distributed import Processes
 from sphere.evaluation.reference_texts import load_references
 from sphere.forward.generate import generate
 from sphere.forward.packing import Scored
+from sphere.forward.padding import group_by_length
+from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
 from sphere.values.tokenization import encode, padding_id
 
@@ -159,7 +161,7 @@ class CaseGenerator:
         dataset: all records at hand; see `load_references`.
         interval: every so-many-th case, beginning with the first; 0 or below: none.
         data_dir: where the published reference texts are.
-        batch_tokens: of the forward passes that score essence texts.
+        passes: how forward passes are cut, those that generate and those that score essence texts.
         processes: the main one reads or fetches the reference texts, all of them use the same ones.
 
     Attributes:
@@ -176,10 +178,11 @@ class CaseGenerator:
         interval: int,
         seed: int = 0,
         data_dir: str | Path = "data",
-        batch_tokens: int | None = None,
+        passes: PassOptions | None = None,
         processes: Processes | None = None,
     ) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.passes = passes or PassOptions()
         self.notes: dict[str, str] = {}
         asked = list(cases[::interval]) if interval > 0 else []
         chosen = [record for record in asked if record.generation_prompts]
@@ -192,7 +195,7 @@ class CaseGenerator:
             )
             self.notes |= self.references.notes
             self._words = WordTokenizer()
-            self._scorer = PackedScorer(model, batch_tokens)
+            self._scorer = PackedScorer(model, self.passes)
 
     def wants(self, record: Record) -> bool:
         """Is text generated for this case?"""
@@ -204,7 +207,7 @@ class CaseGenerator:
         return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
 
     def generate(self, records: Sequence[Record]) -> list[Generation]:
-        """Texts of the records' generation prompts, all in one batch, and their metrics.
+        """Texts of the records' generation prompts, and their metrics.
 
         Returns:
             JSON-able, one per record: settings (a digest), seed, texts (one per prompt), ngram_entropy (bits),
@@ -213,13 +216,9 @@ class CaseGenerator:
         """
         asked = [(r, i, prompt) for r in records for i, prompt in enumerate(r.generation_prompts)]
         texts = iter(
-            continue_prompts(
-                self.model,
-                self.tokenizer,
+            self._texts(
                 [prompt for *_, prompt in asked],
                 [_seed(self.seed, record.case_id, i) for record, i, _ in asked],
-                MAX_TOKENS,
-                TOP_K,
             )
         )
         perplexities = self._essence_perplexities(records)
@@ -228,6 +227,17 @@ class CaseGenerator:
             | ({"essence_perplexity": perplexities[r.case_id]} if r.case_id in perplexities else {})
             for r in records
         ]
+
+    def _texts(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
+        """The prompts' texts, as many at a time as one pass may hold."""
+        lengths = [len(encode(self.tokenizer, prompt).ids) for prompt in prompts]
+        texts = [""] * len(prompts)
+        for group in group_by_length(lengths, self.passes.decoding_tokens):
+            chosen, own = [prompts[i] for i in group], [seeds[i] for i in group]
+            made = continue_prompts(self.model, self.tokenizer, chosen, own, MAX_TOKENS, TOP_K)
+            for i, text in zip(group, made, strict=True):
+                texts[i] = text
+        return texts
 
     def _measured(self, record: Record, texts: list[str]) -> Generation:
         similarity = self.references.similarity(texts, record.case_id)

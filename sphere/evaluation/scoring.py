@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from sphere.data.records import Record
 from sphere.errors import SphereError
 from sphere.forward.packing import Scored, TokenScores
+from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
 from sphere.values.tokenization import encode_pair
 
@@ -36,14 +37,14 @@ class RecordScorer:
     """Scores records under one model, whose weights may change between calls; tokenises each prompt once.
 
     Args:
-        batch_tokens: tokens of one forward pass; see `PackedScorer`.
+        passes: how forward passes are cut.
     """
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_tokens: int | None = None
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, passes: PassOptions | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self.scorer = PackedScorer(model, batch_tokens)
+        self.scorer = PackedScorer(model, passes)
         self._encoded: dict[tuple[str, str], Scored] = {}
 
     def score(self, records: Sequence[Record], progress: bool | tqdm = True) -> list[Case]:
@@ -102,14 +103,14 @@ def score_records(
     tokenizer: PreTrainedTokenizerBase,
     records: Sequence[Record],
     *,
-    batch_tokens: int | None = None,
+    passes: PassOptions | None = None,
     progress: bool = True,
     reference: Sequence[Case] | None = None,
 ) -> list[Case]:
     """Score records under the model as it stands.
 
     Args:
-        batch_tokens: tokens of one forward pass (default: 2048 on the CPU, 16384 elsewhere).
+        passes: how forward passes are cut.
         reference: cases of the unedited model, against whose predictions zsRE's neighbors are measured too.
 
     Returns:
@@ -124,7 +125,7 @@ def score_records(
         SphereError: a record that cannot be scored.
     """
     start = time.perf_counter()
-    cases = RecordScorer(model, tokenizer, batch_tokens).score(records, progress)
+    cases = RecordScorer(model, tokenizer, passes).score(records, progress)
     seconds = time.perf_counter() - start
     prompts = count_prompts(cases)
     log.info("scored %d prompts in %.1f s: %.1f prompts/s", prompts, seconds, prompts / max(seconds, 1e-9))

@@ -27,6 +27,7 @@ from sphere.forward.packing import (
     one_per_row,
     pack,
 )
+from sphere.forward.passes import PassOptions
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +40,13 @@ class PackedScorer:
 
     Args:
         model: any causal language model of transformers, in evaluation mode.
-        batch_tokens: tokens of one forward pass (default: 2048 on the CPU, 16384 elsewhere).
+        passes: how forward passes are cut.
     """
 
-    def __init__(self, model: Any, batch_tokens: int | None = None) -> None:
+    def __init__(self, model: Any, passes: PassOptions | None = None) -> None:
         self.model = model
         self.device = model.get_input_embeddings().weight.device
-        self.batch_tokens = batch_tokens or (2048 if self.device.type == "cpu" else 16384)
+        self.batch_tokens = (passes or PassOptions()).scoring_tokens(self.device)
         self.trees: bool | None = None  # whether the model takes tree masks; asked at the first call
 
     def score(self, sequences: Sequence[Scored], progress: tqdm | None = None) -> dict[Scored, TokenScores]:

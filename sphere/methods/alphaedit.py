@@ -68,7 +68,7 @@ class AlphaEdit(LayerwiseMethod):
         return projector.apply, self.hparams.L2
 
     def prepared_from(self) -> dict[str, str]:
-        return {"second_moments": self.services.second_moments.digest(self.hparams.layers)}
+        return {"second_moments": self.services.second_moments.digest()}
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()

@@ -30,7 +30,7 @@ class MEMIT(LayerwiseMethod):
         return inverse_moment(moment, weight, f"layer {layer}"), 1.0
 
     def prepared_from(self) -> dict[str, str]:
-        return {"second_moments": self.services.second_moments.digest(self.hparams.layers)}
+        return {"second_moments": self.services.second_moments.digest()}
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()

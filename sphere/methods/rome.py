@@ -78,8 +78,8 @@ class ROME(Method):
         self.direction = lambda key: inverse(key.double())
 
     def prepared_from(self) -> dict[str, str]:
-        used = [self.layer] if self.hparams.mom2_adjustment else []
-        return {"second_moments": self.services.second_moments.digest(used)} if used else {}
+        adjusted = self.hparams.mom2_adjustment
+        return {"second_moments": self.services.second_moments.digest()} if adjusted else {}
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()

@@ -5,9 +5,10 @@ Knows how these are computed, kept and shared out among processes. Knows nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ from sphere.hparams import HParams, TargetHParams
 from sphere.methods.edited_model import EditedModel
 from sphere.requests import EditRequest
 from sphere.values.compute_ks import ActivationsPass
-from sphere.values.compute_z import TargetValues, compute_z
-from sphere.values.context_templates import generate_context_templates
+from sphere.values.compute_z import TargetValues, compute_z, gradient_pass_tokens
+from sphere.values.context_templates import BARE, generate_context_templates
 from sphere.values.layer_stats import SecondMoments
+from sphere.values.lengths import CaseText, check_lengths, edited_texts
+from sphere.values.tokenization import bos_text
 from sphere.values.z_cache import TargetValueCache
 
 
@@ -61,6 +64,22 @@ class Services:
         model, tokenizer = self.edited.model, self.edited.tokenizer
         return self.processes.on_main(lambda: generate_context_templates(model, tokenizer, self.seed))
 
+    # ---- lengths ----
+
+    def check_lengths(self, requests: Sequence[EditRequest], others: Iterable[CaseText] = ()) -> None:
+        """Check that whatever editing runs for these requests, and other texts, fit the model's positions.
+
+        Raises:
+            SphereError: some do not; the cases are named.
+        """
+        model, tokenizer = self.edited.model, self.edited.tokenizer
+        in_contexts = isinstance(
+            self.edited.hparams, TargetHParams
+        )  # other methods run the bare prompts only
+        templates = self.context_templates if in_contexts else ((BARE,),)
+        own = edited_texts(requests, templates, bos_text(tokenizer))
+        check_lengths(model, tokenizer, chain(own, others))
+
     # ---- target values z ----
 
     def compute_z(
@@ -93,7 +112,8 @@ class Services:
 
     def _compute_z(self, requests: Sequence[EditRequest], h: TargetHParams, progress: bool) -> TargetValues:
         """Those that this process computes, or finds in the cache."""
-        batch_tokens, z_matmul_dtype = self.passes.batch_tokens, self.passes.z_matmul_dtype
+        matmul_dtype = self.passes.z_matmul_dtype
+        batch_tokens = gradient_pass_tokens(self.edited.stack, h, self.passes.batch_tokens)
 
         def compute() -> TargetValues:
             return compute_z(
@@ -103,14 +123,15 @@ class Services:
                 self.context_templates,
                 h,
                 batch_tokens=batch_tokens,
-                matmul_dtype=z_matmul_dtype,
+                matmul_dtype=matmul_dtype,
                 progress=progress and self.progress,
             )
 
         if self.z_cache is None:
             return compute()
-        passes = {"batch_tokens": batch_tokens, "matmul_dtype": str(z_matmul_dtype)}
-        return self.z_cache.get(requests, self.context_templates, h, passes, compute)
+        return self.z_cache.get(
+            requests, self.context_templates, h, compute, batch_tokens=batch_tokens, matmul_dtype=matmul_dtype
+        )
 
     @cached_property
     def z_cache(self) -> TargetValueCache | None:

@@ -35,7 +35,6 @@ ROWS, PREFIX, SUFFIX, SCORED, RUN_PREFIX = 6.5, 12.5, 4.5, 1.2, 20.0
 PADDED_PREFIX = 20  # tokens before the subject's last one, as rows of a pass are padded
 RANK_SHARE = 0.25  # principal directions, as a share of the smaller side
 EIGH_FLOPS = 9  # n^3 operations of a symmetric eigendecomposition, vectors included
-SCORING_TOKENS = {True: 2048, False: 16384}  # of a forward pass, on the CPU and elsewhere
 RATE_SECONDS = 0.15  # that measuring one rate takes
 
 
@@ -129,7 +128,7 @@ def plan_run(config: RunConfig) -> Plan:
         *memory_of(method).items(hparams, sizes),
         *_passes(method, hparams, shape, sizes, config.batch_tokens or most),
         *_writing(sizes, bool(config.beta_hse)),
-        *_scoring(shape, sizes, config.passes.editing_tokens),
+        *_scoring(shape, sizes, config.passes.scoring_tokens(device)),
         *_files(sizes),
     ]
     return Plan(
@@ -230,14 +229,22 @@ def _writing(sizes: Sizes, sphere: bool) -> list[Item]:
     return items
 
 
-def _scoring(shape: ModelShape, sizes: Sizes, batch_tokens: int) -> list[Item]:
-    tokens, phase = batch_tokens if sizes.conserve_memory else SCORING_TOKENS[sizes.on_cpu], "scoring"
-    copies = sizes.exact_bytes + (FLOAT32 if sizes.weight_bytes < FLOAT32 else 0)
+def _scoring(shape: ModelShape, sizes: Sizes, tokens: int) -> list[Item]:
+    phase = "scoring"
+    masters = FLOAT32 if sizes.weight_bytes < FLOAT32 else 0
     layer = shape.counted.saved / shape.counted.layers
     masks = ROW_TOKENS * (shape.bytes + 1)
     logits = min(LOGIT_VALUES, tokens * shape.vocabulary) * shape.bytes
     return [
-        _at(phase, "edited weights to be put back, and masters", "4 E + 4 E", copies * sizes.entries),
+        Item(
+            "edited weights to be put back",
+            "4 E",
+            sizes.exact_bytes * sizes.entries,
+            sizes.offload_device,
+            phase,
+            phase,
+        ),
+        _at(phase, "masters beside those of the run", "4 E", masters * sizes.entries),
         _at(
             phase,
             "one layer's activations, and masks",

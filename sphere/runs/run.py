@@ -43,6 +43,7 @@ from sphere.runs.config import (
     saved_at,
 )
 from sphere.runs.folder import LOG_NAME, ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
+from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
 
 log = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ def _execute(
         "%s on %d records in %d batches of %d.", config.alg_name, len(records), len(batches), config.num_edits
     )
     editor = _editor_of(config, model, tokenizer, hparams, previous.get("templates"), processes)
+    check_records(editor, records)
     decided = _decided(config, hparams.to_dict(), records, editor)
     _begin_or_continue(folder, decided, previous, editor, describe(config, command))
     monitor = monitor_of(editor, folder, config.log_energy_every)
@@ -186,6 +188,8 @@ def _begin_or_continue(
     on_main = editor.services.processes.on_main
     if previous:
         _check_same(previous, decided, folder)
+        if digest := previous.get("second_moments"):
+            editor.services.second_moments.use(digest)
     editor.method.prepare()  # what is wrong with it is said before an older run is removed
     prepared_from = editor.method.prepared_from()
     if not previous:

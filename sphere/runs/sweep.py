@@ -156,6 +156,7 @@ def _run(job: Job) -> None:
         generation_interval=job.generation_interval,
         data_dir=config.data_dir,
         dataset=load_records(config.ds_name, config.data_dir) if job.generation_interval else None,
+        passes=config.passes,
         seed=config.seed,
     )
 

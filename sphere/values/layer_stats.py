@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,21 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.files import atomic_path, remove_leftovers
-from sphere.fingerprint import Fingerprint
+from sphere.fingerprint import Fingerprint, tensor_digest
 from sphere.forward.layers import LayerStack
+from sphere.forward.numerics import numerics
 from sphere.forward.padding import group_by_length, pad_right
 from sphere.hparams import HParams
 from sphere.models import DTYPES
-from sphere.values.corpus import MAX_TOKENS, corpus_key, documents
+from sphere.values.corpus import MAX_TOKENS, Corpus
+from sphere.values.lengths import longest_sequence
 from sphere.values.tokenization import padding_id
 
 log = logging.getLogger(__name__)
 
 TRANSFER_TOKENS = 8192  # keys that make one product where its sum is on another device
 
+FORMAT = 2  # of the files; a change has all moments computed again
 STRIPS = 8  # of a product's rows: (8 + 1) / 16 of it is computed
 MIN_STRIP = 64
 
@@ -179,7 +183,6 @@ class SecondMoments:
         self.folder, self.seed, self.batch_tokens = Path(folder), seed, batch_tokens
         self.keep_on_cpu, self.progress = keep_on_cpu, progress
         self.fingerprint = fingerprint or Fingerprint(stack.model)
-        self._key: dict[str, Any] | None = None
         self._kept: dict[int, Tensor] = {}
 
     def get(self, layer: int) -> Tensor:
@@ -194,28 +197,53 @@ class SecondMoments:
         """Use a given second moment (in x in) instead of one from a corpus."""
         self._kept[layer] = moment
 
-    def digest(self, layers: Sequence[int]) -> str:
-        """Of the numbers themselves, by which a continued run knows those that it began with."""
-        digest = hashlib.sha256()
-        for layer in layers:
-            self.get(layer)
-            moment = self._kept[layer].cpu().contiguous()  # as read, without a way over the layer's device
-            digest.update(f"{layer}{tuple(moment.shape)}{moment.dtype}".encode())
-            digest.update(moment.view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The text that they are taken over."""
+        positions = longest_sequence(self.stack.model) or MAX_TOKENS
+        return Corpus(
+            self.hparams.mom2_dataset,
+            self.hparams.mom2_n_samples,
+            self.seed,
+            min(MAX_TOKENS, positions),
+            self.stack.model,
+            self.tokenizer,
+            self.fingerprint.now(),
+        )
 
-    @property
+    @cached_property
     def key(self) -> dict[str, Any]:
-        """Everything that decides the numbers: the model's weights, the corpus, the dtype."""
-        if self._key is None:
-            limit = getattr(self.stack.model.config, "max_position_embeddings", MAX_TOKENS) or MAX_TOKENS
-            h = self.hparams
-            self._key = {
-                "model": self.fingerprint.now(),
-                "dtype": h.mom2_dtype,
-                **corpus_key(h.mom2_dataset, h.mom2_n_samples, self.seed, min(MAX_TOKENS, limit)),
-            }
-        return self._key
+        """Everything that decides the numbers but the code: the model, the text, how passes and sums are cut, the
+        machine. What is found again is what would be computed, as far as a device does twice the same."""
+        return {
+            "format": FORMAT,
+            "model": self.corpus.fingerprint,
+            "numerics": numerics(self.stack.model),
+            "batch_tokens": self.batch_tokens,
+            "summed_on_cpu": self.keep_on_cpu,
+            "dtype": self.hparams.mom2_dtype,
+            "corpus": self.corpus.key,
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the numbers of all edited layers, as `use` finds them again."""
+        for layer in self.hparams.layers:
+            self.get(layer)
+        return _combined({layer: tensor_digest(self._kept[layer]) for layer in self.hparams.layers})
+
+    def use(self, digest: str) -> bool:
+        """Take the moments with this digest, on whatever machine they were computed; False where there are none."""
+        names = {layer: self.path(layer).name for layer in self.hparams.layers}
+        for folder in sorted(path for path in self.folder.glob("*") if path.is_dir()):
+            parts = {layer: _digest_in(folder / name) for layer, name in names.items()}
+            if None in parts.values() or _combined(parts) != digest:
+                continue
+            found = {layer: self._read(folder / name) for layer, name in names.items()}
+            moments = {layer: moment for layer, moment in found.items() if moment is not None}
+            if len(moments) == len(names):
+                self._kept |= moments
+                return True
+        return False
 
     def path(self, layer: int) -> Path:
         """Where a layer's second moment is kept."""
@@ -253,24 +281,19 @@ class SecondMoments:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("second_moment")
+                moment, digest = file.get_tensor("second_moment"), (file.metadata() or {}).get("sha256")
+            reason = None if tensor_digest(moment) == digest else "its content is not what was written"
         except SafetensorError as error:
-            log.warning("The second moment in %s is damaged (%s): computing it again.", path, error)
+            reason = str(error)
+        if reason:
+            log.warning("The second moment in %s is damaged (%s): computing it again.", path, reason)
             return None
+        return moment
 
     def _compute(self) -> None:
         h = self.hparams
-        stream = documents(
-            h.mom2_dataset,
-            h.mom2_n_samples,
-            self.stack.model,
-            self.tokenizer,
-            seed=self.seed,
-            max_tokens=MAX_TOKENS if h.mom2_dataset == "self" else self.key["max_tokens"],
-            progress=self.progress,
-        )
         bar = tqdm(
-            stream,
+            self.corpus.documents(self.progress),
             total=h.mom2_n_samples,
             desc="second moments",
             unit="doc",
@@ -286,11 +309,25 @@ class SecondMoments:
         )
         rate = bar.format_dict["elapsed"]
         log.info("Second moments over %d tokens, %.0f tokens/s.", tokens, tokens / max(rate, 1e-9))
-        metadata = {"key": json.dumps(self.key), "tokens": str(tokens)}
+        key = json.dumps(self.key)
         for layer, moment in moments.items():
             moment = moment.to("cpu", DTYPES[h.mom2_dtype])
             if not torch.isfinite(moment).all():
-                raise SphereError(f"The second moment of layer {layer} is not finite: try --dtype float32.")
+                raise SphereError(f"The second moment of layer {layer} is not finite: try the dtype float32.")
+            metadata = {"key": key, "tokens": str(tokens), "sha256": tensor_digest(moment)}
             with atomic_path(self.path(layer)) as temporary:
                 save_file({"second_moment": moment.contiguous()}, temporary, metadata=metadata)
             self._kept[layer] = moment
+
+
+def _combined(digests: Mapping[int, str | None]) -> str:
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
+
+
+def _digest_in(path: Path) -> str | None:
+    """The digest of the numbers in a file, as its header says; None where there is no such file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("sha256")
+    except (SafetensorError, OSError):
+        return None

@@ -6,7 +6,10 @@ leading-space pieces and appended special tokens need no case of their own. Know
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -85,6 +88,16 @@ def truncated_ids(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int
     while len(ids) > 1 and ids[-1] == eos:
         ids.pop()
     return ids
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of a tokenizer's rules (of a slow one: its class and vocabulary) and special tokens."""
+    rules: Any = sorted(tokenizer.get_vocab().items())
+    if tokenizer.is_fast:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = {name: rule for name, rule in rules.items() if name not in ("truncation", "padding")}
+    whole = [type(tokenizer).__name__, rules, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def bos_text(tokenizer: PreTrainedTokenizerBase) -> str:

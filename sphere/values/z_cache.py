@@ -6,10 +6,12 @@ off, or a run that is repeated, finds its own again.
     <cache_dir>/z/<digest of the key>.safetensors     z, h0, losses and steps of one batch; the key in the metadata
 
 The key holds everything that the numbers depend on, rounding included: the weights as they stand, the model's
-configuration, the requests as the tokenizer cuts them, the hyperparameters of the optimisation, the batch and how it is
-cut into passes, the code that finds z, PyTorch and the device. So a stale value is never used, and a run with a cache
-writes the same weights, bit for bit, as one without. The price is that values are kept per batch: a request's z depends
-on its companions by rounding only (they share matrix products, never a sum), but another batch size finds nothing.
+configuration, attention and dtype, the requests as the tokenizer cuts them, the hyperparameters of the optimisation,
+the batch and the tokens of a micro-batch as they were chosen, the code that finds z, the versions of PyTorch and
+transformers, the kind of device and on a CPU the number of threads. So a stale value is never used; on a device that
+does twice the same (a CPU does, a GPU's sums may come in another order), a run with a cache writes the same weights,
+bit for bit, as one without. The price is that values are kept per batch: a request's z depends on its companions by
+rounding only (they share matrix products, never a sum), but another batch size finds nothing.
 
 Any file may be removed at any time. Knows nothing of how z is optimised or used.
 """
@@ -21,13 +23,12 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,8 +36,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.files import atomic_path
-from sphere.fingerprint import Fingerprint
+from sphere.fingerprint import Fingerprint, tensor_digest
 from sphere.forward.layers import LayerStack
+from sphere.forward.numerics import numerics
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
 from sphere.values.compute_z import TargetValues, compute_z
@@ -60,8 +62,6 @@ HPARAMS = (
     "ln_f_module",
     "lm_head_module",
 )
-# Entries of a model's configuration that say where it came from, not what it computes.
-PROVENANCE = ("_name_or_path", "transformers_version", "architectures", "torch_dtype", "dtype")
 
 
 class TargetValueCache:
@@ -87,11 +87,18 @@ class TargetValueCache:
         requests: Sequence[EditRequest],
         templates: Sequence[Sequence[str]],
         hparams: TargetHParams,
-        passes: Mapping[str, Any],
         compute: Callable[[], TargetValues],
+        *,
+        batch_tokens: int,
+        matmul_dtype: torch.dtype | None,
     ) -> TargetValues:
-        """The target values of a batch on the weights as they stand: from disk, else computed and kept."""
-        key = self.key(requests, templates, hparams, passes)
+        """The target values of a batch on the weights as they stand: from disk, else computed and kept.
+
+        Args:
+            batch_tokens: that a micro-batch of `compute` really holds.
+            matmul_dtype: in which it multiplies; None: the model's own.
+        """
+        key = self.key(requests, templates, hparams, batch_tokens, matmul_dtype)
         path = self.path(key)
         found = self._read(path, key, len(requests))
         if found is not None:
@@ -110,25 +117,28 @@ class TargetValueCache:
         requests: Sequence[EditRequest],
         templates: Sequence[Sequence[str]],
         hparams: TargetHParams,
-        passes: Mapping[str, Any],
+        batch_tokens: int,
+        matmul_dtype: torch.dtype | None,
     ) -> dict[str, Any]:
-        """Everything that the numbers depend on, JSON-able; `passes`: how they are computed."""
-        rows = [self._rows(request, [t for group in templates for t in group]) for request in requests]
+        """Everything that the numbers depend on, JSON-able."""
+        prompts = [self._prompts(request, [t for group in templates for t in group]) for request in requests]
         return {
             "weights": self.fingerprint.now(),
-            **self._surroundings,
+            **numerics(self.stack.model),
+            "code": self._code,
             "z_layer": max(hparams.layers),
             "hparams": {name: getattr(hparams, name) for name in HPARAMS},
             "templates": [list(group) for group in templates],
-            "requests": _digest(rows),
-            "passes": dict(passes),
+            "requests": _digest(prompts),
+            "batch_tokens": batch_tokens,
+            "matmul_dtype": str(matmul_dtype),
         }
 
     def path(self, key: dict[str, Any]) -> Path:
         """The file of a key."""
         return self.folder / f"{_digest(key)}.safetensors"
 
-    def _rows(self, request: EditRequest, templates: Sequence[str]) -> list[Any]:
+    def _prompts(self, request: EditRequest, templates: Sequence[str]) -> list[Any]:
         """A request in words, and in the tokens of every text that the optimisation runs."""
         filled = [fill(template, request, bos_text(self.tokenizer)) for template in templates]
         texts = [*(f.text for f in filled), KL_PROMPT.format(request.subject)]
@@ -140,21 +150,9 @@ class TargetValueCache:
         ]
 
     @cached_property
-    def _surroundings(self) -> dict[str, Any]:
-        """What does not change while a model is edited."""
-        model: Any = self.stack.model
-        config = {k: v for k, v in model.config.to_dict().items() if k not in PROVENANCE}
-        device = self.stack.device
-        return {
-            "architecture": type(model).__name__,
-            "config": _digest(json.loads(json.dumps(config, default=str))),
-            "attention": str(getattr(model.config, "_attn_implementation", None)),
-            "dtype": str(model.dtype),
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "code": _digest(_sources(compute_z.__module__)),
-        }
+    def _code(self) -> str:
+        """Of what finds z, and all that it imports from this package."""
+        return _digest(_sources(compute_z.__module__))
 
     def _read(self, path: Path, key: dict[str, Any], n_requests: int) -> TargetValues | None:
         """The values in a file; None where there is none, or (with a warning) where it cannot be trusted."""
@@ -189,11 +187,7 @@ def _write(path: Path, values: TargetValues, key: dict[str, Any]) -> None:
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of the numbers: safetensors itself would not notice a bit that has flipped."""
-    digest = hashlib.sha256()
-    for name in FIELDS:
-        digest.update(f"{name}{tuple(tensors[name].shape)}{tensors[name].dtype}".encode())
-        digest.update(tensors[name].view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return _digest([[name, tensor_digest(tensors[name])] for name in FIELDS])
 
 
 def _sources(module: str) -> dict[str, str]:

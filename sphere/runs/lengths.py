@@ -1,0 +1,36 @@
+"""The lengths of all that a run's records will have the model run, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from sphere.data.records import Record
+from sphere.editor import Editor
+from sphere.values.lengths import CaseText
+from sphere.values.tokenization import continuation
+
+
+def check_records(editor: Editor, records: Sequence[Record]) -> None:
+    """Check that what editing and scoring run for the records fits the model's positions.
+
+    Raises:
+        SphereError: some does not; the cases, their lengths and the number of positions are named.
+    """
+    scored = (text for record in records for text in _scored_texts(record))
+    editor.services.check_lengths([record.request for record in records], scored)
+
+
+def _scored_texts(record: Record) -> Iterator[CaseText]:
+    request = record.request
+    own = [target for target in (request.target_new, request.target_true) if target]
+    for prompt in (request.text, *record.paraphrase_prompts):
+        for target in own:
+            yield CaseText(record.case_id, "scored prompt with its target", prompt + continuation(target))
+    for prompt, answer in record.neighborhood:
+        targets = [answer] if record.kind == "zsre" else [request.target_new, answer or request.target_true]
+        for target in filter(None, targets):
+            yield CaseText(
+                record.case_id, "neighborhood prompt with its target", prompt + continuation(target)
+            )
+    for prompt in record.generation_prompts:
+        yield CaseText(record.case_id, "generation prompt", prompt)
