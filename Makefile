@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make bench   every speed ratio, into benchmarks/results.md
 # make lint    format, lint and types
+# make docs    the documentation, into site/
 #
 # Each sets up what it needs in .venv first, and again only when a requirements file has changed.
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := Edited_Weight/demo
 
-.PHONY: help setup setup-dev demo test bench lint format clean
+.PHONY: help setup setup-dev demo test bench lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +36,10 @@ $(VENV)/.installed-dev: requirements-dev.txt requirements-extra.txt $(VENV)/.ins
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $@
 
+$(VENV)/.installed-docs: requirements-docs.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-docs.txt
+	@touch $@
+
 demo: setup
 	$(BIN)/python -m experiments.sweep sweep_dir=$(DEMO) beta_hse=0,0.5 use_cache=true
 
@@ -53,5 +58,8 @@ format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache .hypothesis
