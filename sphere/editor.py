@@ -85,8 +85,8 @@ class Editor:
         n_edits: edits written so far.
 
     Raises:
-        SphereError: an unknown method, hyperparameters that do not fit the model, or weights that another live editor
-            holds.
+        SphereError: an unknown method or on_breakdown, hyperparameters that do not fit the model, or weights that
+            another live editor holds.
     """
 
     def __init__(
@@ -108,6 +108,12 @@ class Editor:
         progress: bool = True,
         processes: Processes | None = None,
     ) -> None:
+        if on_breakdown not in ON_BREAKDOWN:
+            raise SphereError(
+                f"on_breakdown is {' or '.join(ON_BREAKDOWN)}, what an absurdly large update does; got "
+                f"'{on_breakdown}'.",
+                argument="on_breakdown",
+            )
         kind = get_method(method)
         self.alpha = kind.default_alpha if alpha is None else alpha
         self.rules = kind.rules(hparams, beta_hse, self.alpha)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_downstream import NLI
+from task_data import NLI
 from tiny_run import TinyRun, flags
 
 from sphere.distributed import Processes, start

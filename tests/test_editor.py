@@ -141,6 +141,37 @@ def test_a_broken_batch_leaves_no_trace(
     assert_same(in_batches(editor, facts[2:], 2), expected)
 
 
+@pytest.mark.parametrize("method", ["AlphaEdit", "FT", "MEMIT_prune", "ROME"])
+def test_a_breakdown_may_be_watched(method: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An absurdly large update is written with a warning where that is wanted."""
+    editor = make(method, on_breakdown="continue")
+    name = editor.weights.names[0]
+    before = editor.weights.get(name).clone()
+    with monkeypatch.context() as patch:
+        breaking(0, 1e9, patch, get_method(method))
+        report = editor.edit(FACTS[:2])
+    assert editor.n_edits == 2
+    assert any(f"update of {name}" in text and "model is breaking" in text for text in report.warnings)
+    assert (editor.weights.get(name) - before).norm() > 10 * before.norm()
+    editor.revert()
+    assert torch.equal(editor.weights.get(name), before)
+
+
+@pytest.mark.parametrize("kind", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_never_written(kind: float, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    editor = make("FT", on_breakdown="continue")
+    before = editor.final_weights()
+    breaking(0, kind, monkeypatch, get_method("FT"))
+    with pytest.raises(SphereError, match="is not finite: the batch was not written"):
+        editor.edit(FACTS[:2])
+    assert_same(editor.final_weights(), before)
+
+
+def test_on_breakdown_is_stop_or_continue(make: Any) -> None:
+    with pytest.raises(SphereError, match=r"on_breakdown is stop or continue.*got 'ignore'"):
+        make("FT", on_breakdown="ignore")
+
+
 def test_a_weight_that_its_dtype_cannot_hold(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = 6e4

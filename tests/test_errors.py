@@ -26,7 +26,9 @@ import sphere.values.corpus
 from experiments import evaluate
 from scripts import evaluate_each_epoch
 from sphere.checkpoints import read_weights
+from sphere.errors import SphereError
 from sphere.methods.alphaedit import AlphaEdit
+from sphere.methods.ft import FT
 from sphere.runs.run import execute
 
 ROOT = Path(__file__).parents[1]
@@ -368,6 +370,28 @@ def test_broken_batch_keeps_the_last_good_state(
     assert contents(folder, "edit_4*") == contents(done, "edit_4*")
     execute(tiny.config("broken", continue_from_run=True))
     assert contents(folder) == contents(done)
+
+
+def test_a_run_may_go_on_while_the_model_breaks(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Logged and measured like any other batch; by default it stops the run."""
+    original = FT.updates
+
+    def updates(self: FT, requests: Any) -> Any:
+        for name, delta in original(self, requests):
+            yield name, delta * 1e4 if requests[0].case_id == 2 else delta
+
+    monkeypatch.setattr(FT, "updates", updates)
+    settings = {"alg_name": "FT", "log_energy_every": 1}
+    with pytest.raises(SphereError, match=r"Batch 2 of 3: .*the model is breaking"):
+        execute(tiny.config("breaks", **settings))
+    run = execute(tiny.config("breaks", **settings, on_breakdown="continue", continue_from_run=True))
+    assert [report.n_edits for report in run.reports] == [4, 6]
+    assert "the model is breaking" in caplog.text
+    lines = [json.loads(line) for line in (run.folder / "batches.jsonl").read_text().splitlines()]
+    assert [bool(line["warnings"]) for line in lines] == [False, True, False]
+    assert "condition" in lines[1]["layers"][NAME]
 
 
 # ---- disks ----

@@ -11,13 +11,17 @@ from pathlib import Path
 import killed
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_run import LABEL, METHODS, TinyRun, contents
 from transformers import PreTrainedTokenizerBase
 
 import sphere.checkpoints
 import sphere.runs.run
+from sphere.baselines.mend.networks import MendEditor
 from sphere.checkpoints import read_resume, write_resume
 from sphere.errors import SphereError
+from sphere.fingerprint import tensor_digest
 from sphere.methods import available_methods
 from sphere.runs.run import RunConfig, execute
 
@@ -164,6 +168,56 @@ def test_a_complete_run_needs_no_resume_point(tiny: TinyRun) -> None:
     again = execute(tiny.config("complete", dataset_size_limit=6, alpha=0.5, continue_from_run=True))
     assert len(again.reports) == 3
     assert contents(run.folder) == expected
+
+
+# ---- what a run was prepared from ----
+
+
+def settings_with_moments(tiny: TinyRun, output: str, method: str) -> RunConfig:
+    """A short run whose statistics nobody else uses."""
+    stats = tiny.folder / f"stats-{output}"
+    shutil.copytree(tiny.folder / "stats", stats, dirs_exist_ok=True)
+    return tiny.config(output, alg_name=method, dataset_size_limit=6, alpha=0.5, stats_dir=str(stats))
+
+
+@pytest.mark.parametrize("method", ["AlphaEdit", "MEMIT", "ROME"])
+def test_other_second_moments_are_refused(
+    method: str, tiny: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings_with_moments(tiny, f"other-moments-{method}", method)
+    stop(config, 1, monkeypatch)
+    for path in Path(config.stats_dir).rglob("*down_proj.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            metadata, moment = file.metadata(), 1.5 * file.get_tensor("second_moment")
+        save_file({"second_moment": moment}, path, metadata={**metadata, "sha256": tensor_digest(moment)})
+    before = contents(folder_of(config), "*")
+    with pytest.raises(SphereError, match="begun with other second moments than those of today"):
+        execute(killed.continuing(config, True))
+    assert contents(folder_of(config), "*") == before
+
+
+def test_a_mend_run_keeps_its_trained_editor(tiny: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings_with_moments(tiny, "other-editor", "MEND")
+    stop(config, 1, monkeypatch)
+    MendEditor(dict.fromkeys((1, 2), (32, 48)), rank=4, edit_lr=0.2).save(
+        Path(config.stats_dir) / LABEL / "mend.safetensors", {}
+    )
+    with pytest.raises(SphereError, match="begun with other trained editor than"):
+        execute(killed.continuing(config, True))
+
+
+def test_a_run_of_an_earlier_version_continues_with_todays_moments(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings_with_moments(tiny, "no-digest", "AlphaEdit")
+    stop(config, 1, monkeypatch)
+    path = folder_of(config) / "run.json"
+    content = json.loads(path.read_text())
+    assert len(content.pop("second_moments")) == 64
+    path.write_text(json.dumps(content))
+    run = execute(killed.continuing(config, True))
+    assert [report.n_edits for report in run.reports] == [4, 6]
+    assert "does not say which second moments it began with" in caplog.text
 
 
 def test_same_seed_same_bytes(tiny: TinyRun) -> None:

@@ -303,7 +303,7 @@ def _check_prepared(previous: dict[str, Any], prepared_from: dict[str, str], fol
     for key, digest in prepared_from.items():
         what = key.replace("_", " ")
         if key not in previous:
-            log.info(
+            log.warning(
                 "The run in %s does not say which %s it began with: taking those of today.", folder, what
             )
         elif previous[key] != digest:
