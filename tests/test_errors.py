@@ -346,7 +346,7 @@ def test_mend_without_a_trained_editor(tiny: TinyRun, refused: Refuse) -> None:
 def test_broken_batch_keeps_the_last_good_state(
     tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The batch and the layer are named, the state before it can be scored, and mended the run goes on."""
+    """The batch and the layer are named, the state before it can be scored, and once fixed the run goes on."""
     original = AlphaEdit.updates
 
     def updates(self: AlphaEdit, requests: Any) -> Any:

@@ -129,7 +129,7 @@ def test_a_job_that_fails_ends_itself_only(world, monkeypatch, capsys):
         flat = list(csv.DictReader(file))
     assert [line["n_edits"] for line in flat] == ["4", "4", "", ""]
     assert float(flat[0]["efficacy_success_low"]) <= float(flat[0]["efficacy_success"])
-    # mended, only what had failed is run
+    # fixed, only what had failed is run
     world.write_hparams("MEMIT")
     seconds = rows[0]["seconds"]
     assert command.main(words) == 0

@@ -86,7 +86,7 @@ class Monitor:
 
 
 class TensorBoardWriter:
-    """The same metrics as TensorBoard events: one scalar `<weight>/<figure>` per batch, over the number of edits.
+    """The same metrics as TensorBoard events: one scalar `<weight>/<metric>` per batch, over the number of edits.
 
     Args:
         folder: where the event files go.
