@@ -30,7 +30,7 @@ from sphere.files import atomic_path, read_json, write_json
 
 CONFIG_NAME = "run.json"
 RESUME_NAME = "resume.safetensors"
-RESUME_PARTS = "resume_*.safetensors"
+RESUME_PART = re.compile(r"resume_\d+\.safetensors")
 REPLACED = (
     "replaced"  # in run.json while a run begins: files of the run before it, which go (`sphere.runs.folder`)
 )
@@ -183,8 +183,8 @@ def write_resume(
         # One entry: several would be written in any order, and equal runs should be equal files.
         content = json.dumps({"state": state, "parts": parts})
         save_file(_plain(tensors), temporary, metadata={"resume": content})
-    for path in folder.glob(RESUME_PARTS):
-        if path.name not in parts:
+    for path in folder.iterdir():
+        if RESUME_PART.fullmatch(path.name) and path.name not in parts:
             path.unlink()
 
 

@@ -264,6 +264,14 @@ def test_resume_point_drops_what_is_no_longer_named(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resume.safetensors", "resume_2.safetensors"]
 
 
+def test_resume_point_keeps_files_of_others(tmp_path: Path) -> None:
+    (tmp_path / "resume_backup.safetensors").write_text("mine")
+    write_resume(tmp_path, {}, {"sum.1": torch.ones(3)}, {"n_edits": 1})
+    write_resume(tmp_path, {}, {"sum.2": torch.ones(3)}, {"n_edits": 2})
+    assert (tmp_path / "resume_backup.safetensors").read_text() == "mine"
+    assert not (tmp_path / "resume_1.safetensors").exists()
+
+
 def test_resume_point_has_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sphere.checkpoints, "MOST_PARTS", 4)
     append_only = {}
