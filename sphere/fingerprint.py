@@ -29,10 +29,13 @@ class Fingerprint:
 
     Args:
         changing: names of the parameters that are read anew each time.
+        dtype: as if the model had been cast to it; None: as it is.
     """
 
-    def __init__(self, model: nn.Module, changing: Iterable[str] = ()) -> None:
-        self._model = model
+    def __init__(
+        self, model: nn.Module, changing: Iterable[str] = (), dtype: torch.dtype | None = None
+    ) -> None:
+        self._model, self._dtype = model, dtype
         self._names = [name for name, _ in model.named_parameters()]
         self._changing = set(changing)
         self._digests: dict[str, str] = {}
@@ -53,5 +56,6 @@ class Fingerprint:
         module, result = self._model.get_submodule(path), {}
         with align_module_device(module):  # brings weights that a device_map has put on the disk
             for name in names:
-                result[name] = tensor_digest(getattr(module, name.rpartition(".")[2]))
+                parameter = getattr(module, name.rpartition(".")[2]).detach()
+                result[name] = tensor_digest(parameter.to(self._dtype) if self._dtype else parameter)
         return result

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sphere.checkpoints import write_checkpoint
 from sphere.downstream import TASKS, harness, metrics, run_downstream, runner
-from sphere.downstream.decoding import greedy_batches, pad_left
+from sphere.downstream.decoding import greedy_batches
 from sphere.downstream.harness import LOCAL_TASKS, Harness
 from sphere.errors import SphereError
 from sphere.forward.passes import PassOptions
@@ -175,12 +175,6 @@ def test_prompts_beyond_the_context_lose_their_beginning(model, tokenizer):
     assert text == same
 
 
-def test_pad_left():
-    tokens, mask = pad_left([[1, 2, 3], [4]], 9)
-    assert tokens.tolist() == [[1, 2, 3], [9, 9, 4]]
-    assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
-
-
 # Runs
 
 
@@ -272,7 +266,7 @@ def test_bad_input_gives_one_sentence(tmp_path, model, tokenizer, data_dir):
     with pytest.raises(SphereError, match=r"No task data at .*test-reasoning\.jsonl: put the published file"):
         run_downstream(model, tokenizer, run, tmp_path)
     write_checkpoint(run, 10, {NAME: torch.zeros(3, 3)})
-    with pytest.raises(SphereError, match="do not fit this model"):
+    with pytest.raises(SphereError, match=r"has shape \(3, 3\) there"):
         run_downstream(model, tokenizer, run, data_dir)
     write_checkpoint(run, 10, {"transformer.h.0.mlp.c_proj.weight": torch.zeros(3, 3)})
     with pytest.raises(SphereError, match="has no weight"):
@@ -328,8 +322,9 @@ def test_harness_names_missing_data_and_unknown_tasks(tmp_path, lm_eval, model, 
     odd.write_text(
         (LOCAL_TASKS / "sphere_nli.yaml").read_text("utf-8"), "utf-8"
     )  # file and task names differ
+    checkpoint(tmp_path / "run", model, 0)
     with pytest.raises(SphereError, match="knows no task 'my_odd'"):
-        Harness(["my_odd"], data_dir).run(model, tokenizer, tmp_path / "out")
+        run_downstream(model, tokenizer, tmp_path / "run", data_dir, 1, ["nli"], ["my_odd"])
 
 
 def test_harness_prompts_and_scores_are_ours(tmp_path, lm_eval, model, tokenizer, data_dir, monkeypatch):
@@ -350,13 +345,23 @@ def test_harness_prompts_and_scores_are_ours(tmp_path, lm_eval, model, tokenizer
         assert theirs.config.generation_kwargs["max_gen_toks"] == task.max_new_tokens
 
     checkpoint(tmp_path / "run", model, 0)
-    summary = run_downstream(
-        model, tokenizer, tmp_path / "run", data_dir, 4, ["nli"], ["sphere_nli", "sphere_nli_choice"]
-    )
+    given = tokenizer, tmp_path / "run", data_dir, 4, ["nli"], ["sphere_nli", "sphere_nli_choice"]
+    summary = run_downstream(model, *given)
     entry = summary["checkpoints"]["edit_0"]
     assert entry["lm_eval"]["sphere_nli"]["exact_match"] == entry["tasks"]["nli"]["accuracy"]
     assert entry["lm_eval"]["sphere_nli_choice"].keys() >= {"acc", "f1", "mcc", "n", "limit"}
     samples = (tmp_path / "run/rect_eval/edit_0/lm_eval/sphere_nli_samples.jsonl").read_text("utf-8")
     assert len(samples.splitlines()) == 4
-    monkeypatch.setattr(Harness, "_evaluate", lambda self, m, t, tasks: {} if not tasks else 1 / 0)
-    Harness(["sphere_nli"], data_dir, 4).run(model, tokenizer, tmp_path / "run/rect_eval/edit_0/lm_eval")
+
+    asked, evaluate = [], lm_eval.simple_evaluate
+    monkeypatch.setattr(
+        lm_eval, "simple_evaluate", lambda *a, **o: asked.append(o["tasks"]) or evaluate(*a, **o)
+    )
+    assert run_downstream(model, *given) == summary
+    assert asked == []
+    file = data_dir / "task-data" / TASKS["nli"].file  # which both of them read
+    file.write_text(file.read_text("utf-8").replace("He said", "She said"), "utf-8")
+    run_downstream(model, *given)
+    assert asked == [["sphere_nli", "sphere_nli_choice"]]
+    run_downstream(model.to(torch.bfloat16), *given)
+    assert len(asked) == 2

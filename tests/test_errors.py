@@ -486,7 +486,7 @@ def published(tiny: TinyRun) -> Path:
         ({"weight": {"a": 1}}, r'does not hold \{"weight": \{name: tensor\}\}'),
         (
             {"weight": {"foo.weight": torch.zeros(2, 2)}},
-            "of another model than LlamaForCausalLM.*--model_name",
+            "of another model than LlamaForCausalLM.*give the model that the run started from",
         ),
         ({"weight": {NAME: torch.zeros(2, 2)}}, "of another model.*has shape .2, 2. there"),
         (

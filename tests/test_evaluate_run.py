@@ -19,7 +19,8 @@ from sphere.checkpoints import write_checkpoint, write_config
 from sphere.data.records import Record
 from sphere.errors import SphereError
 from sphere.evaluation import evaluate_run as evaluation
-from sphere.evaluation.evaluate_run import CaseFile, evaluate_run
+from sphere.evaluation.case_file import CaseFile
+from sphere.evaluation.evaluate_run import evaluate_run
 from sphere.evaluation.scoring import RecordScorer, score_records
 from sphere.requests import EditRequest
 from sphere.weights import EditedWeights
@@ -258,7 +259,7 @@ def test_checkpoint_of_another_model(setting, other, message):
     with pytest.raises(SphereError, match=message) as error:
         evaluate((tiny_model(**other), *setting[1:]), counterfact(9))
     assert "is of another model" in str(error.value)
-    assert "--model_name" in str(error.value)
+    assert error.value.arguments == ("model_name",)
 
 
 def test_dataset_shorter_than_the_edits(setting):

@@ -22,7 +22,8 @@ import scripts.evaluate_each_epoch
 from sphere.checkpoints import write_checkpoint, write_config
 from sphere.distributed import Processes
 from sphere.evaluation import evaluate_run as evaluation
-from sphere.evaluation.evaluate_run import CaseFile, evaluate_run
+from sphere.evaluation.case_file import CaseFile
+from sphere.evaluation.evaluate_run import evaluate_run
 from sphere.evaluation.generation import CaseGenerator, WordTokenizer, continue_prompts, ngram_entropy
 from sphere.evaluation.scoring import RecordScorer
 from sphere.weights import EditedWeights
@@ -200,7 +201,7 @@ def test_generation_of_a_run(setting):
         assert row["metrics"]["fluency"]["n"] == (3 if row["n_edits"] == 5 else 5)
         assert row["metrics"]["consistency"]["n"] == row["metrics"]["fluency"]["n"]
         assert "essence_perplexity" not in row["metrics"]
-    assert set(summary["notes"]) == {"generation", "reference_texts", "tfidf_vocabulary"}
+    assert set(summary["notes"]) == {"model", "generation", "reference_texts", "tfidf_vocabulary"}
     assert "built from the true sentences of 9 records" in summary["notes"]["reference_texts"]
     cases = case_lines(folder, 9)
     assert [c["case_id"] for c in cases] == list(range(9))
@@ -216,7 +217,7 @@ def test_text_is_added_to_cases_scored_without(setting, monkeypatch):
     folder = setting[2]
     without = evaluate(setting, 0)
     assert "fluency" not in without["checkpoints"][2]["metrics"]
-    assert without["notes"] == {}
+    assert set(without["notes"]) == {"model"}  # there is no run.json to verify it by
     scored, generated = [], []
     score, generate = RecordScorer.score, CaseGenerator.generate
     monkeypatch.setattr(RecordScorer, "score", lambda s, r, p=True: scored.append(r) or score(s, r, p))

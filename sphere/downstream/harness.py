@@ -7,6 +7,8 @@ harness's own and may need its data set from the network. Knows nothing of check
 from __future__ import annotations
 
 import copy
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sphere.downstream.tasks import FOLDER
 from sphere.errors import SphereError
+from sphere.evaluation.states import State
 from sphere.files import atomic_path, read_json, write_json
 from sphere.forward.passes import PassOptions
 
@@ -65,19 +68,23 @@ class Harness:
                 _check_data(self.local[task], self.data_dir)
 
     def run(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, state: State
     ) -> dict[str, dict[str, Any]]:
         """Metrics by task; `<folder>/<task>.json` and `<task>_samples.jsonl` keep them, finished tasks are not rerun.
+
+        Args:
+            state: in which the model is.
 
         Raises:
             SphereError: a task that the harness does not know or whose data it cannot get.
         """
-        results, missing = {}, []
+        results, missing, keys = {}, [], {}
         for task in self.tasks:
             path = folder / f"{task}.json"
             old = read_json(path, "lm-eval result") if path.exists() else {}
-            if old and old.get("limit") == self.limit:
-                results[task] = old
+            keys[task] = state.digest(**self._settings(task))
+            if old.get("key") == keys[task]:
+                results[task] = {name: value for name, value in old.items() if name != "key"}
             else:
                 missing.append(task)
         for task, (metrics, samples) in self._evaluate(model, tokenizer, missing).items():
@@ -87,9 +94,18 @@ class Harness:
             ):
                 for sample in samples:
                     file.write(json.dumps(sample, ensure_ascii=False, default=str) + "\n")
-            write_json(folder / f"{task}.json", metrics)
+            write_json(folder / f"{task}.json", metrics | {"key": keys.get(task)})
             results[task] = metrics
         return {task: results[task] for task in self.tasks if task in results}
+
+    def _settings(self, task: str) -> dict[str, Any]:
+        """What decides a task's numbers beside the model: its definition, with the data of a local one."""
+        version = importlib.metadata.version("lm_eval")
+        settings = {"task": task, "limit": self.limit, "lm_eval_version": version}
+        if task not in self.local:
+            return settings
+        files = [self.local[task], *_data_files(self.local[task], self.data_dir)]
+        return settings | {"files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]}
 
     def _evaluate(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: list[str]
@@ -183,10 +199,17 @@ def local_tasks(data_dir: Path) -> dict[str, Path]:
     }
 
 
+def _data_files(task: Path, data_dir: Path) -> list[Path]:
+    """The files that a local task reads."""
+    words = task.read_text("utf-8").split()
+    return [
+        data_dir / FOLDER / word.removeprefix(DATA_PREFIX) for word in words if word.startswith(DATA_PREFIX)
+    ]
+
+
 def _check_data(task: Path, data_dir: Path) -> None:
-    for word in task.read_text("utf-8").split():
-        path = data_dir / FOLDER / word.removeprefix(DATA_PREFIX)
-        if word.startswith(DATA_PREFIX) and not path.is_file():
+    for path in _data_files(task, data_dir):
+        if not path.is_file():
             raise SphereError(
                 f"No task data at {path}, which {task.stem} reads: put the published file there or correct --data_dir."
             )
