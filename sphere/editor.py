@@ -5,6 +5,7 @@ Knows nothing of files or datasets (`sphere.runs.run`) and nothing of how a meth
 
 from __future__ import annotations
 
+import gc
 import logging
 import statistics
 import time
@@ -12,16 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sphere.distributed import Processes
 from sphere.errors import SphereError
 from sphere.forward.passes import PassOptions
 from sphere.hparams import ModuleHParams
-from sphere.methods import EditedModel, Services, get_method
+from sphere.methods import EditedModel, Method, Services, get_method
 from sphere.requests import EditRequest, check_batch
 from sphere.rules import Metrics, apply_rules
 
@@ -61,7 +63,7 @@ class Editor:
     """Edits a model batch after batch.
 
     Args:
-        method: a name of `sphere.methods.available_methods()`.
+        method: a name of `sphere.methods.available_methods()`, or a class of one's own.
         hparams: hyperparameters of the method's class.
         beta_hse: cumulative ratio of the SPHERE hook; 0 switches it off.
         alpha: suppression strength of the hook; None: the method's own (the paper's 0.8, AlphaEdit 0.5).
@@ -85,15 +87,15 @@ class Editor:
         n_edits: edits written so far.
 
     Raises:
-        SphereError: an unknown method or on_breakdown, hyperparameters that do not fit the model, or weights that
-            another live editor holds.
+        SphereError: an unknown method or on_breakdown, hyperparameters that do not fit the model, or weights in which
+            another live editor holds edits.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        method: str,
+        method: str | type[Method],
         hparams: ModuleHParams,
         *,
         beta_hse: float = 0.5,
@@ -114,10 +116,13 @@ class Editor:
                 f"'{on_breakdown}'.",
                 argument="on_breakdown",
             )
-        kind = get_method(method)
+        kind = get_method(method) if isinstance(method, str) else method
         self.alpha = kind.default_alpha if alpha is None else alpha
         self.rules = kind.rules(hparams, beta_hse, self.alpha)
         self.edited = EditedModel(model, tokenizer, hparams)
+        self.weights, self.n_edits = self.edited.weights, 0
+        self._check_free()
+        _EDITORS.setdefault(model, WeakSet()).add(self)
         self.services = Services(
             self.edited,
             passes=passes or PassOptions(),
@@ -129,11 +134,9 @@ class Editor:
             progress=progress,
             processes=processes or Processes(),
         )
-        self.weights = self.edited.weights
         self.method = kind(self.edited, self.services, hparams)
         self.on_breakdown = on_breakdown
         self.original = self.weights.snapshot(self.services.offload_device)
-        self.n_edits = 0
 
     def edit(self, requests: Sequence[EditRequest], measure: Measure | None = None) -> BatchReport:
         """Write one batch of requests into the model.
@@ -144,13 +147,14 @@ class Editor:
                 what is saved: the conditioned weight, beside the original one.
 
         Raises:
-            SphereError: bad requests, or an update that is not finite or absurdly large; the batch and the layer are
-                named and the weights are as they were before the batch.
+            SphereError: bad requests; weights that somebody else has changed; or an update that is not finite or
+                absurdly large: the batch and the layer are named and the weights are as they were before the batch.
         """
         if not requests:
             raise SphereError("There is nothing to edit: give at least one request.")
         self.services.check_lengths(requests)
         warnings = check_batch(requests)
+        self._check_untouched()
         start = time.perf_counter()
         before = self.weights.snapshot(self.services.offload_device)
         known = self.method.state().keys()
@@ -246,7 +250,11 @@ class Editor:
         """What is saved and scored: the weights under edit, conditioned where the method says so.
 
         In the model's own orientation and dtype, on the CPU.
+
+        Raises:
+            SphereError: somebody else has changed the weights.
         """
+        self._check_untouched()
         if not self.rules.total or not self.n_edits:
             return self.weights.stored()
         with self.weights.temporarily():
@@ -254,10 +262,44 @@ class Editor:
             return self.weights.stored()
 
     def revert(self) -> None:
-        """Put the original weights back, bit for bit, and forget all edits."""
+        """Put the original weights back, bit for bit, and forget all edits.
+
+        Raises:
+            SphereError: somebody else has changed the weights, which would be undone with them.
+        """
+        self._check_untouched()
         self.weights.restore(self.original)
         self.n_edits = 0
         self.method = type(self.method)(self.edited, self.services, self.edited.hparams)
+
+    def close(self) -> None:
+        """Let go of the weights as they stand, so that another editor may go on with them."""
+        if editors := _EDITORS.get(self.edited.model):
+            editors.discard(self)
+
+    def _check_free(self) -> None:
+        """Refuse weights in which another live editor holds edits: it alone knows them to their full precision."""
+        for last_try in (False, True):
+            others = [
+                other
+                for other in _EDITORS.get(self.edited.model, ())
+                if other.n_edits and not set(other.weights.names).isdisjoint(self.weights.names)
+            ]
+            if not others:
+                return
+            if not last_try:
+                gc.collect()  # one that nobody can reach any more holds nothing
+        raise SphereError(
+            f"Another editor ({others[0].method.name}) holds {others[0].n_edits} edits in {others[0].weights.names[0]}: "
+            "call its revert() to take them back, or its close() to keep them, before a second editor takes the model."
+        )
+
+    def _check_untouched(self) -> None:
+        if changed := self.weights.changed_elsewhere():
+            raise SphereError(
+                f"{', '.join(changed)} changed since this editor last wrote it, by another editor or by hand: put it "
+                "back as it was, call weights.restore(original) for the unedited weights, or make a new Editor."
+            )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
         """Everything that later batches depend on.
@@ -265,7 +307,11 @@ class Editor:
         Returns:
             What changes with every batch (weights under edit, random state); what stays as it is under its name (the
             method's own state); a small JSON-able part.
+
+        Raises:
+            SphereError: somebody else has changed the weights.
         """
+        self._check_untouched()
         tensors = {f"{_WEIGHT}{name}": weight for name, weight in self.weights.snapshot("cpu").items()}
         tensors |= {f"{_RNG}{device}": state for device, state in _random_state().items()}
         return tensors, self.method.state(), {"n_edits": self.n_edits}
@@ -273,7 +319,12 @@ class Editor:
     def load_state(
         self, tensors: Mapping[str, Tensor], append_only: Mapping[str, Tensor], state: Mapping[str, Any]
     ) -> None:
-        """Take up a saved `state` on the same, unedited model."""
+        """Take up a saved `state` on the same, unedited model.
+
+        Raises:
+            SphereError: a state of another model, or weights that somebody else has changed.
+        """
+        self._check_untouched()
         self.method.prepare()  # on the unedited model
         self.method.load_state(append_only)
         self.weights.restore(
@@ -281,6 +332,10 @@ class Editor:
         )
         _set_random_state({k.removeprefix(_RNG): v for k, v in tensors.items() if k.startswith(_RNG)})
         self.n_edits = int(state["n_edits"])
+
+
+# Editors alive, by the model that they edit; forgotten with either.
+_EDITORS: WeakKeyDictionary[nn.Module, WeakSet[Editor]] = WeakKeyDictionary()
 
 
 def _random_state() -> dict[str, Tensor]:

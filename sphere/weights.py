@@ -2,7 +2,8 @@
 
 Canonical orientation: (out_features x in_features), rows are neurons. GPT-2's Conv1D stores the transpose; it is
 turned here and nowhere else. A weight of less than 32 bits has a float32 master copy, to which updates are added,
-so that thousands of small updates are not lost to rounding.
+so that thousands of small updates are not lost to rounding. A checksum of what was written last tells whether somebody
+else has changed the model's own copy since.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sphere.errors import SphereError
+
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+CHECKSUM_ENTRIES = 2**22  # whose bits are widened at a time
 
 
 class EditedWeights:
@@ -34,6 +38,8 @@ class EditedWeights:
         self._parameters: dict[str, nn.Parameter] = {}
         self._transposed: dict[str, bool] = {}
         self._masters: dict[str, Tensor] = {}
+        self._model = model
+        self._written: dict[str, Tensor] = {}  # checksums
         for name in self.names:
             path, _, leaf = name.rpartition(".")
             try:
@@ -56,6 +62,7 @@ class EditedWeights:
             self._transposed[name] = isinstance(module, Conv1D)
             if torch.finfo(parameter.dtype).bits < 32:
                 self._masters[name] = parameter.detach().float()
+            self._written[name] = checksum(parameter)
 
     def get(self, name: str) -> Tensor:
         """The weight as (out x in) in float32 or wider: a view for reading, not a copy."""
@@ -79,6 +86,15 @@ class EditedWeights:
         with torch.no_grad():
             self.get(name).copy_(weight)
             self._publish(name)
+
+    def changed_elsewhere(self) -> list[str]:
+        """Names of the weights that are no longer as this object read or wrote them last."""
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        return [
+            name
+            for name, parameter in self._parameters.items()
+            if now.get(name) is not parameter or not torch.equal(checksum(parameter), self._written[name])
+        ]
 
     @property
     def transposed(self) -> list[str]:
@@ -120,6 +136,7 @@ class EditedWeights:
                 if name in self._masters:
                     self._masters[name].copy_(snapshot[name])
                 parameter.copy_(snapshot[name])
+                self._written[name] = checksum(parameter)
 
     @contextmanager
     def temporarily(self, device: str | torch.device | None = None) -> Iterator[None]:
@@ -133,3 +150,11 @@ class EditedWeights:
     def _publish(self, name: str) -> None:
         if name in self._masters:
             self._parameters[name].data.copy_(self._masters[name])
+        self._written[name] = checksum(self._parameters[name])
+
+
+def checksum(weight: Tensor) -> Tensor:
+    """Sum of the bits of each column of a matrix (rows x columns): (columns,), int64, on the CPU."""
+    bits = weight.detach().view(BITS[weight.element_size()])
+    blocks = bits.split(max(1, CHECKSUM_ENTRIES // bits.shape[1]))
+    return torch.stack([block.sum(dim=0, dtype=torch.int64) for block in blocks]).sum(dim=0).cpu()

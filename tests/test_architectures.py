@@ -1,4 +1,7 @@
-"""Every method on every architecture of the paper, with and without SPHERE, on tiny random models."""
+"""Every method on every architecture of the paper, with and without SPHERE, on tiny random models.
+
+Methods come from the registry, those of installed packages included: what holds here holds of every one of them.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +49,7 @@ REQUESTS = [
     EditRequest(1, "the sport of {}", "ada lovelace", "chess", "golf"),
     EditRequest(2, "the new city of {}", "emmy noether", "rome london", "berlin"),
 ]
+MORE = [EditRequest(3, "the famous person of {}", "kurt godel", "dutch", "german")]
 TEMPLATES = (("{}",),)  # the keys of random models have little in common from context to context
 SHAPE = {"vocab_size": 2 + len(WORDS), "initializer_range": 0.2}
 WIDE = {
@@ -68,7 +72,7 @@ ARCHITECTURES: dict[str, tuple[PretrainedConfig, str]] = {
     "qwen3": (Qwen3Config(**WIDE, head_dim=8, tie_word_embeddings=True), "Qwen3-0.6B"),
     "phi": (PhiConfig(**{**WIDE, "num_key_value_heads": 2}), "phi-1.5"),
 }
-METHODS = ("AlphaEdit", "FT", "MEMIT", "MEMIT_prune", "MEMIT_rect", "MEMIT_seq", "MEND", "ROME")
+METHODS = tuple(available_methods())
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -93,10 +97,14 @@ def tiny_model(config: PretrainedConfig) -> nn.Module:
 
 
 def tiny_hparams(method: str, shipped: str, layers: list[int] | None = None) -> ModuleHParams:
-    """A shipped file with the numbers that depend on the model's size replaced; its templates stay."""
+    """A shipped file with the numbers that depend on the model's size replaced; its templates stay.
+
+    A method without files (another package's) takes MEMIT's, as far as it knows the keys.
+    """
     kind = get_method(method).hparams_class
     names = {field.name for field in dataclasses.fields(kind)}
-    values = json.loads((HPARAMS / method / f"{shipped}.json").read_text())
+    folder = HPARAMS / method if (HPARAMS / method).is_dir() else HPARAMS / "MEMIT"
+    values = json.loads((folder / f"{shipped}.json").read_text())
     small = {
         "layers": layers or ([1] if len(values["layers"]) == 1 else [0, 1]),
         "v_loss_layer": 2,
@@ -146,31 +154,42 @@ def target_nll(edited: EditedModel) -> torch.Tensor:
         return TeacherForcing.of(edited.stack, edited.tokenizer, pairs).nll()
 
 
-def test_every_method_is_tried() -> None:
-    assert set(METHODS) == set(available_methods())
-
-
 @pytest.mark.parametrize("beta_hse", [0.0, 0.5])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_edit_raises_the_target_and_revert_restores(
-    architecture: str, method: str, beta_hse: float, tmp_path: Path
-) -> None:
+def test_behaviour(architecture: str, method: str, beta_hse: float, tmp_path: Path) -> None:
+    check_behaviour(architecture, method, beta_hse, tmp_path)
+
+
+def check_behaviour(architecture: str, method: str, beta_hse: float, folder: Path) -> None:
+    """What every method keeps to.
+
+    An edit raises the probability of each target and changes the named weights only; a state taken up by another
+    editor on the unedited model goes on to the same weights; reverting brings every weight back bit for bit.
+    """
     config, shipped = ARCHITECTURES[architecture]
-    model = tiny_model(config)
+    model, hparams = tiny_model(config), tiny_hparams(method, shipped)
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
-    editor = tiny_editor(model, method, tiny_hparams(method, shipped), tmp_path, beta_hse)
+    editor = tiny_editor(model, method, hparams, folder, beta_hse)
     before = target_nll(editor.edited)
     report = editor.edit(REQUESTS)
-    after = target_nll(editor.edited)
-    assert (after < before).all()
-    edited = set(editor.weights.names)
-    assert set(report.layers) == edited
+    assert (target_nll(editor.edited) < before).all()
+    names = set(editor.weights.names)
+    assert set(report.layers) == names
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, original[name]) == (name not in edited), name
+        assert torch.equal(parameter, original[name]) == (name not in names), name
+    state = editor.state()
+    editor.edit(MORE)
+    expected = editor.final_weights()
     editor.revert()
+    assert editor.n_edits == 0
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, original[name]), name
+    resumed = tiny_editor(model, method, hparams, folder, beta_hse)
+    resumed.load_state(*state)
+    resumed.edit(MORE)
+    for name, weight in resumed.final_weights().items():
+        assert torch.equal(weight, expected[name]), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -19,6 +19,8 @@ from sphere.forward.passes import PassOptions
 from sphere.methods import Method
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.methods.sequential_solve import SequentialSolve
+from sphere.runs.config import RunConfig, alpha_of
+from sphere.weights import EditedWeights
 
 CPU = torch.device("cpu")
 FACTS = [
@@ -311,3 +313,107 @@ def test_factors_of_second_moments_stay_where_these_are(
 def test_conserve_memory_changes_no_result(method: str, make: Any) -> None:
     plain = in_batches(make(method), FACTS[:4], 2)
     assert_same(in_batches(make(method, passes=PassOptions(conserve_memory=True)), FACTS[:4], 2), plain)
+
+
+# ---- alpha ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_alpha_is_the_method_s_own_unless_given(method: str, tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    """As on the command line: the paper's 0.8, AlphaEdit 0.5."""
+    hparams = hparams_from_dict(method_values(method), get_method(method).hparams_class)
+    found = Editor(tiny_llama(), tiny_tokenizer, method, hparams)
+    assert found.alpha == (0.5 if method == "AlphaEdit" else 0.8)
+    config = RunConfig(alg_name=method)
+    assert found.rules == get_method(method).rules(hparams, config.beta_hse, alpha_of(config))
+    assert Editor(tiny_llama(), tiny_tokenizer, method, hparams, alpha=0.3).alpha == 0.3
+
+
+# ---- two editors on one model ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_second_editor_on_weights_that_hold_edits_is_refused(dtype: Any, make: Any) -> None:
+    model = tiny_llama().to(dtype)
+    first = make(model=model)
+    first.edit(FACTS[:2])
+    with pytest.raises(
+        SphereError, match=r"Another editor \(AlphaEdit\) holds 2 edits.*revert\(\).*close\(\)"
+    ):
+        make("MEMIT", model=model)
+    first.revert()
+    second = make("MEMIT", model=model)
+    second.edit(FACTS[:2])
+    with pytest.raises(SphereError, match="changed since this editor last wrote it"):
+        first.edit(FACTS[2:4])
+    second.revert()
+    first.edit(FACTS[2:4])  # everything is as the first one left it
+
+
+@pytest.mark.parametrize("how", ["close", "delete"])
+def test_an_editor_that_let_go_leaves_its_edits_to_the_next(how: str, make: Any) -> None:
+    model = tiny_llama().bfloat16()
+    first = make(model=model)
+    first.edit(FACTS[:2])
+    edited = first.final_weights()
+    if how == "close":
+        first.close()
+    else:
+        del first
+    second = make(model=model)
+    second.edit(FACTS[2:4])
+    second.revert()
+    assert_same(second.final_weights(), edited)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_neither_of_two_editors_undoes_what_the_other_wrote(dtype: Any, make: Any) -> None:
+    model = tiny_llama().to(dtype)
+    first, second = make(model=model), make("MEMIT", model=model)
+    first.edit(FACTS[:2])
+    written = first.final_weights()
+    for use in (lambda: second.edit(FACTS[2:4]), second.revert, second.final_weights, second.state):
+        with pytest.raises(SphereError, match=r"layers\.1.*layers\.2.*by another editor or by hand"):
+            use()
+    assert_same(first.final_weights(), written)
+    first.edit(FACTS[2:4])
+    alone = make(model=tiny_llama().to(dtype))
+    assert_same(first.final_weights(), in_batches(alone, FACTS[:4], 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("change", ["in place", "data", "one number", "sign", "replaced"])
+def test_weights_changed_by_hand_are_noticed(change: str, dtype: Any, make: Any) -> None:
+    model = tiny_llama().to(dtype)
+    editor = make(model=model)
+    editor.edit(FACTS[:2])
+    module = model.model.layers[1].mlp.down_proj
+    kept = module.weight.detach().clone()
+    with torch.no_grad():
+        if change == "in place":
+            module.weight += 0.1
+        elif change == "data":
+            module.weight.data.mul_(1.01)
+        elif change == "one number":
+            module.weight[3, 5] += 0.1
+        elif change == "sign":
+            module.weight.neg_()
+        else:
+            module.weight = torch.nn.Parameter(kept + 0.1, requires_grad=False)
+    with pytest.raises(SphereError, match=r"layers\.1\.mlp\.down_proj\.weight changed since"):
+        editor.edit(FACTS[2:4])
+    if change != "replaced":
+        module.weight.data.copy_(kept)
+        editor.edit(FACTS[2:4])
+
+
+def test_weights_that_were_put_back_count_as_untouched(make: Any) -> None:
+    """As scoring does: another access to the same weights, which restores them."""
+    model = tiny_llama().bfloat16()
+    editor = make(model=model)
+    editor.edit(FACTS[:2])
+    other = EditedWeights(model, editor.weights.names)
+    with other.temporarily():
+        other.set_(other.names[0], torch.zeros_like(other.get(other.names[0])))
+    editor.edit(FACTS[2:4])
+    assert_same(editor.final_weights(), in_batches(make(model=tiny_llama().bfloat16()), FACTS[:4], 2))

@@ -100,7 +100,7 @@ def one_record(**changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"alg_name": "FOO"}, "Unknown method 'FOO'.*--alg_name one of AlphaEdit, FT"),
+        ({"alg_name": "FOO"}, "Unknown method 'FOO'.*use one of AlphaEdit, FT"),
         ({"hparams_fname": "no.json"}, r"No hyperparameter file .*no\.json.*one of: tiny\.json"),
         ({"hparams_dir": "nowhere"}, r"No hyperparameter file at nowhere/AlphaEdit/tiny\.json"),
         ({"model_name": "./none", "hparams_fname": "tiny.json"}, "No model at none.*--model_name"),

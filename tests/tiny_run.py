@@ -18,10 +18,11 @@ from transformers import PreTrainedTokenizerBase
 import sphere.commands.common
 from sphere.baselines.mend.networks import MendEditor
 from sphere.methods import get_method
+from sphere.methods.registry import BUILT_IN
 from sphere.runs.run import RunConfig
 
 LABEL = "tiny"
-METHODS = ("AlphaEdit", "FT", "MEMIT", "MEMIT_prune", "MEMIT_rect", "MEMIT_seq", "MEND", "ROME")
+METHODS = tuple(BUILT_IN)
 OWN = {  # hyperparameters beside those of the MEMIT family
     "AlphaEdit": {"nullspace_threshold": 0.5, "L2": 1.0},
     "FT": {"num_steps": 3, "lr": 1e-2},
