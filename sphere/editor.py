@@ -289,9 +289,10 @@ class Editor:
                 return
             if not last_try:
                 gc.collect()  # one that nobody can reach any more holds nothing
+        other = others[0]
         raise SphereError(
-            f"Another editor ({others[0].method.name}) holds {others[0].n_edits} edits in {others[0].weights.names[0]}: "
-            "call its revert() to take them back, or its close() to keep them, before a second editor takes the model."
+            f"Another editor ({other.method.name}) holds {other.n_edits} edits in {other.weights.names[0]}: call its "
+            "revert() to take them back, or its close() to keep them, before a second editor takes the model."
         )
 
     def _check_untouched(self) -> None:
