@@ -67,9 +67,6 @@ class AlphaEdit(LayerwiseMethod):
         self.projectors[layer] = projector
         return projector.apply, self.hparams.L2
 
-    def prepared_from(self) -> dict[str, str]:
-        return {"second_moments": self.services.second_moments.digest()}
-
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
         targets = self.services.compute_z(requests).z.T  # Z: out x n

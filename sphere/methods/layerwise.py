@@ -35,6 +35,9 @@ class LayerwiseMethod(Method):
                 apply_s, damping = self.preconditioner(layer)
                 self.solves[layer] = SequentialSolve(apply_s, damping, f"layer {layer}")
 
+    def prepared_from(self) -> dict[str, str]:
+        return {"second_moments": self.services.second_moments.digest()}
+
     def solve(self, layer: int, keys: Tensor) -> Tensor:
         """X (in x n, float64, on the keys' device) for a layer's keys K (in x n), given the earlier ones."""
         return self.solves[layer].solve(keys.to(self.services.solve_device(layer))).to(keys.device)

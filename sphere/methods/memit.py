@@ -29,9 +29,6 @@ class MEMIT(LayerwiseMethod):
         moment, weight = self.services.second_moment(layer), self.hparams.mom2_update_weight
         return inverse_moment(moment, weight, f"layer {layer}"), 1.0
 
-    def prepared_from(self) -> dict[str, str]:
-        return {"second_moments": self.services.second_moments.digest()}
-
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
         targets = self.services.compute_z(requests).z.T  # Z: out x n
