@@ -211,7 +211,8 @@ class Editor:
         if not torch.isfinite(delta).all():
             raise SphereError(
                 f"The update of {where} is not finite: the batch was not written; raise L2 or mom2_update_weight, or "
-                "use --dtype float32."
+                "use dtype float32.",
+                argument="dtype",
             )
         delta, metrics = apply_rules(self.rules.each, delta.to(weight), weight)
         size, norm = float(delta.norm()), float(weight.norm())
@@ -228,7 +229,8 @@ class Editor:
         if not self.weights.is_finite(name):
             raise SphereError(
                 f"The update of {where} leaves a weight that is not finite in the model's dtype: the batch was not "
-                "written; use --dtype bfloat16 or float32."
+                "written; use dtype bfloat16 or float32.",
+                argument="dtype",
             )
         return {"weight_norm": norm, **metrics}
 

@@ -141,7 +141,7 @@ def load_hparams(path: str | Path, kind: type[H]) -> H:
     path = Path(path)
     if not path.exists() and path.parent.is_dir():
         choices = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "none"
-        raise SphereError(f"No hyperparameter file {path}: give --hparams_fname one of: {choices}.")
+        raise SphereError(f"No hyperparameter file {path}: use one of: {choices}.", argument="hparams_fname")
     content = read_json(path, "hyperparameter file")
     if not isinstance(content, dict):
         raise SphereError(

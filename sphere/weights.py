@@ -56,7 +56,8 @@ class EditedWeights:
             if parameter.is_meta:
                 raise SphereError(
                     f"The weight '{name}' is on the meta device, offloaded by device_map to the CPU or the disk: "
-                    "edited layers must stay where they are computed; give a --device_map that holds them, or --device."
+                    "edited layers must stay where they are computed; give a device_map that holds them, or a device.",
+                    argument=("device_map", "device"),
                 )
             self._parameters[name] = parameter
             self._transposed[name] = isinstance(module, Conv1D)

@@ -183,7 +183,7 @@ def test_a_weight_that_its_dtype_cannot_hold(make: Any, monkeypatch: pytest.Monk
     delta[0, 0] = 6e4
     monkeypatch.setattr(AlphaEdit, "updates", lambda *_: iter([(name, delta)]))
     before = editor.final_weights()
-    with pytest.raises(SphereError, match=r"layers\.1.*not finite in the model's dtype.*--dtype bfloat16"):
+    with pytest.raises(SphereError, match=r"layers\.1.*not finite in the model's dtype.*use dtype bfloat16"):
         editor.edit(FACTS[:1])
     assert_same(editor.final_weights(), before)
 

@@ -56,7 +56,7 @@ def get_method(name: str) -> type[Method]:
     entries = {entry.name: entry for entry in _entries()}
     if name not in entries:
         names = ", ".join(sorted([*BUILT_IN, *entries]))
-        raise SphereError(f"Unknown method '{name}': use one of {names}.")
+        raise SphereError(f"Unknown method '{name}': use one of {names}.", argument="alg_name")
     return _load(entries[name])
 
 
