@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from benchmarks.common import Row, device_of, machine, read_rows, table
+from benchmarks.common import Comparison, device_of, machine, read_rows, table
 from sphere.commands.common import make_parser, run_cli
 from sphere.files import atomic_path
 
@@ -50,7 +50,7 @@ benchmarks/results.md`.
 """
 
 
-def run_one(name: str, args: argparse.Namespace, folder: Path) -> tuple[str, list[Row]]:
+def run_one(name: str, args: argparse.Namespace, folder: Path) -> tuple[str, list[Comparison]]:
     """One script in a process of its own: what went wrong, if anything, and its rows."""
     path = folder / f"{name}.json"
     flags = (*SCRIPTS[name], "--device", args.device, "--json", str(path))
@@ -70,7 +70,11 @@ def command_of(args: argparse.Namespace) -> str:
 
 
 def section(
-    command: str, device: torch.device, rows: Sequence[Row], seconds: float, failures: Sequence[str] = ()
+    command: str,
+    device: torch.device,
+    rows: Sequence[Comparison],
+    seconds: float,
+    failures: Sequence[str] = (),
 ) -> str:
     """The Markdown of what a command has measured on a device."""
     lines = [
@@ -112,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     device = device_of(args)
-    rows: list[Row] = []
+    rows: list[Comparison] = []
     failures: list[str] = []
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,16 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
-from benchmarks.common import MIB, Measured, Row, benchmark_parser, compare, device_of, finish, relative
+from benchmarks.common import (
+    MIB,
+    Comparison,
+    Measured,
+    benchmark_parser,
+    compare,
+    device_of,
+    finish,
+    relative,
+)
 from benchmarks.plain import solves as plain
 from sphere.commands.common import positive_int, run_cli
 from sphere.methods.null_space import Projector
@@ -38,7 +47,7 @@ def random_projector(inp: int, device: torch.device) -> Projector:
     return Projector(basis.contiguous(), True, inp - removed)
 
 
-def measure(inp: int, n: int, batch: int, dtype: torch.dtype, turns: int, device: torch.device) -> Row:
+def measure(inp: int, n: int, batch: int, dtype: torch.dtype, turns: int, device: torch.device) -> Comparison:
     """One row: batch number `batch` of a run."""
     torch.manual_seed(0)
     projector = random_projector(inp, device)

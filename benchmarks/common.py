@@ -32,7 +32,7 @@ M_MMAP_THRESHOLD = -3  # of mallopt (malloc.h)
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """One comparison.
 
     Attributes:
@@ -91,7 +91,7 @@ def compare(
     before: Callable[[], Any] = lambda: None,
     goal: float | None = None,
     note: str | Callable[[Measured], str] = "",
-) -> Row:
+) -> Comparison:
     """Time plain and fast alternately, so that a busy machine slows both alike; before that, measure their memory.
 
     Args:
@@ -121,7 +121,7 @@ def compare(
             taken, results[index] = time_of(way, device)
             seconds[index].append(taken)
     kept = [Measured(*parts) for parts in zip(seconds, peaks, results, strict=True)]
-    return Row(
+    return Comparison(
         name,
         sizes,
         kept[0].median,
@@ -221,7 +221,7 @@ def device_of(args: argparse.Namespace) -> torch.device:
     return device
 
 
-def finish(rows: Sequence[Row], args: argparse.Namespace) -> int:
+def finish(rows: Sequence[Comparison], args: argparse.Namespace) -> int:
     """Print the rows, write them where --json says; the exit code is 1 where a goal was missed."""
     print_rows(rows)
     if args.json:
@@ -229,7 +229,7 @@ def finish(rows: Sequence[Row], args: argparse.Namespace) -> int:
     return int(any(row.goal is not None and row.ratio < row.goal for row in rows))
 
 
-def print_rows(rows: Sequence[Row]) -> None:
+def print_rows(rows: Sequence[Comparison]) -> None:
     """The rows as a Markdown table."""
     print(table(rows), flush=True)
 
@@ -237,7 +237,7 @@ def print_rows(rows: Sequence[Row]) -> None:
 HEADER = ("What", "Sizes", "Plain", "Fast", "Ratio", "Goal", "Largest difference", "Extra memory", "Note")
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Comparison]) -> str:
     """A Markdown table of rows."""
     lines = [
         "| " + " | ".join(HEADER) + " |",
@@ -246,7 +246,7 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines + ["| " + " | ".join(_cells(row)) + " |" for row in rows])
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Comparison) -> list[str]:
     peaks = (row.plain_bytes, row.fast_bytes)
     shown = ("?" if peak is None else f"{peak / MIB:.0f}" for peak in peaks)
     memory = "not measured" if peaks == (None, None) else f"{' -> '.join(shown)} MiB"
@@ -291,7 +291,7 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def read_rows(path: str | Path) -> tuple[dict[str, str], list[Row]]:
+def read_rows(path: str | Path) -> tuple[dict[str, str], list[Comparison]]:
     """The machine and the rows that `finish` wrote."""
     content = json.loads(Path(path).read_text("utf-8"))
-    return content["machine"], [Row(**row) for row in content["rows"]]
+    return content["machine"], [Comparison(**row) for row in content["rows"]]

@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 
 import benchmarks.plain.editing as plain_editing
 from benchmarks.__main__ import kind_of, section, write_section
-from benchmarks.common import Row, benchmark_parser, device_of, finish, relative, time_of
+from benchmarks.common import Comparison, benchmark_parser, device_of, finish, relative, time_of
 from benchmarks.models import METHOD, default_model
 from benchmarks.plain import projection as plain_projection
 from benchmarks.plain import solves as plain_solves
@@ -252,9 +252,9 @@ def compare_success(fast: Mapping[str, float], plain: Mapping[str, float]) -> st
     return f"{', '.join(parts)}: at most {largest:.1f} points apart"
 
 
-def projector_row(fast: Stack, plain: Stack) -> Row:
+def projector_row(fast: Stack, plain: Stack) -> Comparison:
     """What is made once, before the first batch."""
-    return Row(
+    return Comparison(
         "null-space projectors, once",
         f"{len(plain.projectors)} layers, in {len(next(iter(plain.projectors.values())))}",
         plain.projectors_seconds,
@@ -264,12 +264,12 @@ def projector_row(fast: Stack, plain: Stack) -> Row:
     )
 
 
-def stage_row(stage: str, fast: Stack, plain: Stack, label: str, sizes: str) -> Row:
+def stage_row(stage: str, fast: Stack, plain: Stack, label: str, sizes: str) -> Comparison:
     """Seconds per edit of one stage."""
     taken = plain.per_edit(stage), fast.per_edit(stage)
     shares = [100 * seconds / stack.total for seconds, stack in zip(taken, (plain, fast), strict=True)]
     note = f"{shares[0]:.0f} % of the plain total, {shares[1]:.0f} % of the fast one"
-    return Row(stage + label, sizes, *taken, z_differs(fast, plain) if stage == Z else None, note=note)
+    return Comparison(stage + label, sizes, *taken, z_differs(fast, plain) if stage == Z else None, note=note)
 
 
 def z_differs(fast: Stack, plain: Stack) -> float:
@@ -284,7 +284,7 @@ def sizes_of(fast: Stack, plain: Stack, args: argparse.Namespace, steps: int) ->
     return f"{fast.n_edits} edits of {args.ds_name} in batches of {args.num_edits}{part}, {steps} steps"
 
 
-def measure(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Namespace) -> list[Row]:
+def measure(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Namespace) -> list[Comparison]:
     """All rows; the model is left with the weights of one of the stacks."""
     device = device_of(args)
     records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)
@@ -304,7 +304,9 @@ def measure(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Namespa
         rows += [stage_row(stage, fast, plain, label, sizes) for stage in STAGES]
         difference = changes_differ(result.state, expected.state, original)
         note = compare_success(result.success, expected.success)
-        rows.append(Row(TOTAL + label, sizes, plain.total, fast.total, difference, goal=GOAL, note=note))
+        rows.append(
+            Comparison(TOTAL + label, sizes, plain.total, fast.total, difference, goal=GOAL, note=note)
+        )
     return [dataclasses.replace(row, name=f"end to end: {row.name}") for row in rows]
 
 

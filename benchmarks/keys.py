@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import Row, benchmark_parser, compare, device_of, finish, relative
+from benchmarks.common import Comparison, benchmark_parser, compare, device_of, finish, relative
 from benchmarks.models import benchmark_model
 from benchmarks.plain import keys as plain
 from sphere.commands.common import positive_int, run_cli
@@ -34,7 +34,7 @@ TEMPLATES = (
 )
 
 
-def measure(model: Any, tokenizer: Any, hparams: Any, n: int, batch_tokens: int, turns: int) -> Row:
+def measure(model: Any, tokenizer: Any, hparams: Any, n: int, batch_tokens: int, turns: int) -> Comparison:
     """One row."""
     stack = LayerStack(model, hparams)
     requests = [record.request for record in load_records("starter", "data", n)]

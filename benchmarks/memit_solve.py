@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.alphaedit_solve import random_keys
-from benchmarks.common import Row, benchmark_parser, compare, device_of, finish, peak_of, relative
+from benchmarks.common import Comparison, benchmark_parser, compare, device_of, finish, peak_of, relative
 from benchmarks.plain import solves as plain
 from sphere.commands.common import positive_int, run_cli
 from sphere.methods.sequential_solve import SequentialSolve, inverse_moment
@@ -30,7 +30,7 @@ def random_moment(inp: int, device: torch.device) -> Tensor:
     return keys @ keys.T / (2 * inp)
 
 
-def measure(inp: int, n: int, batches: int, sequential: bool, turns: int, device: torch.device) -> Row:
+def measure(inp: int, n: int, batches: int, sequential: bool, turns: int, device: torch.device) -> Comparison:
     """One row: all batches of a run, of MEMIT or (`sequential`) of MEMIT_seq."""
     torch.manual_seed(0)
     moment = random_moment(inp, device)

@@ -13,7 +13,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmarks.common import Measured, Row, benchmark_parser, compare, device_of, finish, relative, time_of
+from benchmarks.common import (
+    Comparison,
+    Measured,
+    benchmark_parser,
+    compare,
+    device_of,
+    finish,
+    relative,
+    time_of,
+)
 from benchmarks.plain import projection as plain
 from sphere.commands.common import run_cli
 from sphere.errors import SphereError
@@ -30,7 +39,7 @@ def random_weight(out: int, inp: int, seed: int, device: torch.device) -> Tensor
     return ((weight + 0.1 * shared) / inp**0.5).to(device)
 
 
-def measure(weight: Tensor, turns: int, goal: float | None) -> Row:
+def measure(weight: Tensor, turns: int, goal: float | None) -> Comparison:
     """One row: U of one weight."""
     out, inp = weight.shape
     update = torch.randn(64, inp, generator=torch.Generator().manual_seed(1)).double().to(weight.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from benchmarks.common import Row, finish
+from benchmarks.common import Comparison, finish
 from benchmarks.plain.scoring import plain_scorer
 from sphere.commands.common import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
 from sphere.data.records import Record, load_records
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         raise SphereError(
             f"The two ways disagree: {unequal} successes and accuracies differ, NLLs by up to {largest:.1e}."
         )
-    row = Row(
+    row = Comparison(
         "scoring of edits",
         f"{len(records)} records of {args.ds_name}, {prompts} prompts",
         plain_seconds,

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks.common import Measured, Row, benchmark_parser, compare, device_of, finish, relative
+from benchmarks.common import Comparison, Measured, benchmark_parser, compare, device_of, finish, relative
 from benchmarks.models import benchmark_model
 from benchmarks.plain import moments as plain
 from sphere.commands.common import positive_int, run_cli
@@ -32,7 +32,7 @@ def random_documents(n: int, vocabulary: int) -> list[list[int]]:
     ]
 
 
-def measure(model: Any, hparams: Any, n_documents: int, batch_tokens: int, turns: int) -> Row:
+def measure(model: Any, hparams: Any, n_documents: int, batch_tokens: int, turns: int) -> Comparison:
     """One row."""
     stack = LayerStack(model, hparams)
     documents = random_documents(n_documents, model.config.vocab_size)

@@ -21,7 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import Measured, Row, benchmark_parser, compare, device_of, finish, peak_of, relative
+from benchmarks.common import (
+    Comparison,
+    Measured,
+    benchmark_parser,
+    compare,
+    device_of,
+    finish,
+    peak_of,
+    relative,
+)
 from benchmarks.keys import TEMPLATES
 from benchmarks.models import benchmark_model
 from benchmarks.plain.target_values import plain_target_values
@@ -84,7 +93,7 @@ class Batch:
         return counter.get_total_flops()
 
 
-def measure(batch: Batch, label: str, turns: int, goal: float | None, counted: bool) -> Row:
+def measure(batch: Batch, label: str, turns: int, goal: float | None, counted: bool) -> Comparison:
     """One row, per request.
 
     Args:

@@ -15,6 +15,7 @@ from pathlib import Path
 from sphere.data.starter import StarterConfig, TargetScorer, build_starter, load_facts
 from sphere.errors import SphereError
 from sphere.files import write_json
+from sphere.forward.passes import PassOptions
 from sphere.models import DEFAULT_MODEL, load_model
 
 
@@ -30,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", default=DEFAULT_MODEL, help="model that must know the facts (%(default)s)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (%(default)s)")
     p.add_argument("--seed", type=int, default=defaults.seed, help="of every choice (%(default)s)")
-    p.add_argument("--batch_size", type=int, default=32, help="prompts scored at once (%(default)s)")
+    p.add_argument("--batch_tokens", type=int, default=None, help="tokens in one forward pass (by device)")
     p.add_argument(
         "--per_relation",
         type=int,
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         relations = load_facts(args.facts)
-        scorer = TargetScorer(*load_model(args.model, device=args.device), batch_size=args.batch_size)
+        passes = PassOptions(batch_tokens=args.batch_tokens)
+        scorer = TargetScorer(*load_model(args.model, device=args.device), passes)
         config = StarterConfig(seed=args.seed, per_relation=args.per_relation, margin=args.margin)
         records = build_starter(relations, scorer, config)
         write_json(args.out, records)

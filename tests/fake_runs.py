@@ -133,4 +133,4 @@ def _task(positive: str | None, accuracy: float, generator: random.Random) -> di
         answer = generator.choice([positive or "42", other])
         prediction = answer if right else (other if answer == positive else positive)
         records.append({"correct": right, "prediction": prediction, "answers": [answer]})
-    return metrics.summarise(records, positive)
+    return metrics.task_metrics(records, positive)

@@ -14,7 +14,7 @@ from tiny_run import records
 from benchmarks import alphaedit_solve, end_to_end, memit_solve, principal_directions, stages
 from benchmarks.__main__ import write_section
 from benchmarks.common import (
-    Row,
+    Comparison,
     benchmark_parser,
     compare,
     device_of,
@@ -32,9 +32,9 @@ from sphere.methods.alphaedit import AlphaEditHParams
 CPU = torch.device("cpu")
 
 
-def a_row(**changes) -> Row:
+def a_row(**changes) -> Comparison:
     values = {"name": "solve", "sizes": "in 8", "plain_seconds": 2.0, "fast_seconds": 0.1, "difference": 1e-6}
-    return Row(**(values | changes))
+    return Comparison(**(values | changes))
 
 
 def test_compare_takes_turns_and_puts_things_back():

@@ -111,13 +111,13 @@ def test_summary_counts_unparsed_as_wrong():
     gold = ["yes", "yes", "no", "no"]
     found = ["yes", None, "no", "yes"]
     records = [{"answers": [g], "prediction": p, "correct": g == p} for g, p in zip(gold, found, strict=True)]
-    summary = metrics.summarise(records, "yes")
+    summary = metrics.task_metrics(records, "yes")
     assert (summary["n"], summary["accuracy"], summary["unparsed"]) == (4, 0.5, 1)
     assert summary["f1"] == pytest.approx(0.5)  # one hit, one miss, one false alarm
     assert summary["accuracy_interval"][0] < 0.5 < summary["accuracy_interval"][1]
     perfect = [{"answers": [g], "prediction": g, "correct": True} for g in gold]
-    assert metrics.summarise(perfect, "yes")["mcc"] == pytest.approx(1)
-    assert metrics.summarise([], "yes") == {"n": 0, "accuracy": None}
+    assert metrics.task_metrics(perfect, "yes")["mcc"] == pytest.approx(1)
+    assert metrics.task_metrics([], "yes") == {"n": 0, "accuracy": None}
 
 
 # Tasks

@@ -6,8 +6,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from transformers import (
@@ -25,7 +23,7 @@ from transformers import (
 from sphere.data.records import Record
 from sphere.errors import SphereError
 from sphere.evaluation.scoring import compare_predictions, count_prompts, score_records
-from sphere.forward.packing import Scored, one_per_row, pack
+from sphere.forward.packing import Scored
 from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
 from sphere.requests import EditRequest
@@ -219,15 +217,6 @@ def test_reference_is_the_unedited_prediction():
         compare_predictions(reference, reference[:1])
 
 
-@pytest.mark.parametrize("name, trees", [(n, n != "bloom_like") for n in FAMILIES])
-def test_trees_are_used_where_the_model_heeds_them(name, trees):
-    torch.manual_seed(0)
-    model, _ = FAMILIES[name]()
-    scorer = PackedScorer(model.eval())
-    scorer.score([Scored((5, 6, 7, 8, 9, 10), 3)])
-    assert scorer.trees is trees
-
-
 def test_logits_are_the_models_own(pair):
     """A model that does more to its logits than its output embedding (scaling, capping) is scored as it is."""
     model, _ = pair
@@ -274,27 +263,3 @@ def test_bad_input():
     with pytest.raises(SphereError, match="only 128 positions"):
         score_records(model, tokenizer, [long], progress=False)
     assert score_records(model, tokenizer, [], progress=False) == []
-
-
-SEQUENCES = st.lists(
-    st.lists(st.integers(0, 3), min_size=2, max_size=8).flatmap(
-        lambda ids: st.integers(1, len(ids) - 1).map(lambda start: Scored(tuple(ids), start))
-    ),
-    max_size=20,
-)
-
-
-@settings(deadline=None)
-@given(SEQUENCES, st.integers(1, 30))
-def test_packing_keeps_every_sequence(sequences, row_tokens):
-    for rows in (pack(sequences, row_tokens), one_per_row(sequences)):
-        found = [scored for row in rows for scored, _ in row.paths]
-        assert sorted(found) == sorted(set(sequences))
-        for row in rows:
-            assert len(row.tokens) <= max(row_tokens, max(len(scored.ids) for scored, _ in row.paths))
-            sees = row.attention(len(row.tokens) + 1)
-            for scored, path in row.paths:
-                assert tuple(row.tokens[node] for node in path) == scored.ids
-                assert [row.depths[node] for node in path] == list(range(len(path)))
-                assert sorted(path) == [i for i, seen in enumerate(sees[path[-1]]) if seen]
-            assert sees[-1].tolist() == [False] * len(row.tokens) + [True]  # padding

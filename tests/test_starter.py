@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from scripts.build_starter import main
 from sphere.data.starter import StarterConfig, TargetScorer, build_starter, fill, load_facts
 from sphere.errors import SphereError
+from sphere.forward.passes import PassOptions
 from sphere.values.tokenization import encode_pair
 
 ROOT = Path(__file__).parents[1]
@@ -181,7 +182,7 @@ def test_builder_with_a_model_is_deterministic_and_keeps_what_it_prefers(tmp_pat
     relations = load_facts(write_table(tmp_path / "facts.json", {"colour": relation()}))
     config = StarterConfig(margin=0.0, held_out=3, neighbors=(0, 5))
     once = build_starter(relations, TargetScorer(*tiny), config)
-    assert once == build_starter(relations, TargetScorer(*tiny, batch_size=5), config)
+    assert once == build_starter(relations, TargetScorer(*tiny, PassOptions(batch_tokens=64)), config)
     assert once
     nll = TargetScorer(*tiny)
     for record in once:

@@ -8,11 +8,9 @@ import statistics
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sphere.errors import SphereError
-from sphere.evaluation.summary import format_table, harmonic_mean, retention, summarise
+from sphere.evaluation.summary import format_table, retention, summarise
 
 
 def entry(success, accuracy=False, prob_diff=0.1):
@@ -111,12 +109,6 @@ def test_nothing_to_summarise():
         summarise([])
     with pytest.raises(SphereError, match="one kind"):
         summarise([case(True), {"kind": "zsre"}])
-
-
-@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=5))
-def test_harmonic_mean(values):
-    assert harmonic_mean(values) == pytest.approx(statistics.harmonic_mean(values))
-    assert harmonic_mean([*values, 0.0]) == 0
 
 
 def test_table():

@@ -17,13 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.files import read_json
+from sphere.forward.packing import Scored
+from sphere.forward.passes import PassOptions
+from sphere.forward.scorer import PackedScorer
 from sphere.values.tokenization import encode_pair
 
 log = logging.getLogger(__name__)
@@ -168,44 +169,30 @@ def _strings(value: Any) -> bool:
 
 
 class TargetScorer:
-    """Mean NLL of targets under a model, in padded batches; every (prompt, target) pair is scored once."""
+    """Mean NLL of targets under a model; every (prompt, target) pair is scored once.
 
-    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+    Args:
+        passes: how forward passes are cut.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, passes: PassOptions | None = None
+    ) -> None:
+        self.tokenizer, self.scorer = tokenizer, PackedScorer(model, passes)
         self.known: dict[tuple[str, str], float] = {}
 
     def __call__(self, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
         """NLL of all pairs scored so far, the given ones among them."""
-        todo = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
-        encoded = [(pair, *encode_pair(self.tokenizer, *pair)) for pair in todo]
-        encoded.sort(key=lambda item: len(item[1]))  # little padding
-        with tqdm(total=len(encoded), desc="scoring", unit="prompt", leave=False) as bar:
-            for i in range(0, len(encoded), self.batch_size):
-                batch = encoded[i : i + self.batch_size]
-                losses = self._batch([ids for _, ids, _ in batch], [start for *_, start in batch])
-                self.known.update((pair, loss) for (pair, *_), loss in zip(batch, losses, strict=True))
-                bar.update(len(batch))
+        encoded = {}
+        for pair in dict.fromkeys(pairs):
+            if pair not in self.known:
+                ids, start = encode_pair(self.tokenizer, *pair)
+                encoded[pair] = Scored(tuple(ids), start)
+        sequences = list(dict.fromkeys(encoded.values()))
+        with tqdm(total=len(sequences), desc="scoring", unit="prompt", leave=False) as bar:
+            scores = self.scorer.score(sequences, bar)
+        self.known |= {pair: float(scores[sequence].nll.mean()) for pair, sequence in encoded.items()}
         return self.known
-
-    @torch.no_grad()
-    def _batch(self, sequences: list[list[int]], starts: list[int]) -> list[float]:
-        """Mean of -log p(ids[t] | ids[:t]) over t >= start, per sequence."""
-        device = next(self.model.parameters()).device
-        lengths = torch.tensor([len(ids) for ids in sequences])
-        width = int(lengths.max())
-        padded = torch.tensor([ids + [0] * (width - len(ids)) for ids in sequences])  # (B, T)
-        place = torch.arange(width)
-        mask = place < lengths[:, None]  # (B, T)
-        output = self.model(
-            input_ids=padded.to(device), attention_mask=mask.long().to(device), use_cache=False
-        )
-        rows, columns = torch.nonzero(mask & (place >= torch.tensor(starts)[:, None]), as_tuple=True)
-        logits = output.logits[
-            rows.to(device), columns.to(device) - 1
-        ].float()  # (N, V), of target tokens only
-        loss = nn.functional.cross_entropy(logits, padded[rows, columns].to(device), reduction="none").cpu()
-        total = torch.zeros(len(sequences)).index_add_(0, rows, loss)
-        return (total / (lengths - torch.tensor(starts))).tolist()
 
 
 # --- from facts to records ----------------------------------------------------------------------------------

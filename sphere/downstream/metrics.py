@@ -69,7 +69,7 @@ def _token_f1(prediction: str, answer: str) -> float:
     return 2 * shared / (len(found) + len(wanted)) if shared else 0.0
 
 
-def summarise(records: Sequence[dict[str, Any]], positive: str | None) -> dict[str, Any]:
+def task_metrics(records: Sequence[dict[str, Any]], positive: str | None) -> dict[str, Any]:
     """Metrics over graded records.
 
     Args:

@@ -24,7 +24,7 @@ from sphere.checkpoints import list_checkpoints
 from sphere.distributed import Processes
 from sphere.downstream import harness
 from sphere.downstream.decoding import greedy_batches
-from sphere.downstream.metrics import summarise
+from sphere.downstream.metrics import task_metrics
 from sphere.downstream.tasks import Example, Task, choose
 from sphere.evaluation.states import RunStates, State
 from sphere.files import atomic_path, read_json, write_json
@@ -109,7 +109,7 @@ class _Scoring:
                 entry.clear()
                 entry |= {"n_edits": state.n_edits, "key": state.digest(), "tasks": {}}
             for task, examples in tasks:
-                entry["tasks"][task.name] = summarise(self._decode(state, task, examples), task.positive)
+                entry["tasks"][task.name] = task_metrics(self._decode(state, task, examples), task.positive)
                 self._write(summary)
             if evaluator:
                 run = partial(

@@ -67,7 +67,7 @@ class Task:
                     raise ValueError("no answer")
             except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
                 raise SphereError(
-                    f"Row {index + 1} of {path} is no {self.name} example ({error!r}): mend or remove the row."
+                    f"Row {index + 1} of {path} is no {self.name} example ({error!r}): correct or remove the row."
                 ) from error
             examples.append(Example(index, prompt, answers))
         if not examples:

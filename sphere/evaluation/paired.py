@@ -8,13 +8,14 @@ Knows the dicts that `sphere.evaluation.scoring` makes. Knows nothing of files.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from sphere.errors import SphereError
-from sphere.evaluation.summary import METRICS, SCORES, Case, bootstrap_means, harmonic_mean, interval
+from sphere.evaluation.summary import METRICS, SCORES, Case, bootstrap_means, interval
 
 
 def paired_differences(first: Sequence[Case], second: Sequence[Case], seed: int = 0) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def paired_differences(first: Sequence[Case], second: Sequence[Case], seed: int 
     for score, parts in SCORES[kind].items():
         if all(part in names for part in parts):
             at = [names.index(part) for part in parts]
-            value = [harmonic_mean(list(means[at, run])) for run in (0, 1)]
+            value = [statistics.harmonic_mean(means[at, run].tolist()) for run in (0, 1)]
             with np.errstate(divide="ignore"):
                 draws = len(at) / (1 / drawn[at]).sum(axis=0)  # 2 x B; 1/0 is inf: the mean is 0
             result[score] = _entry(value[1] - value[0], draws[1] - draws[0])

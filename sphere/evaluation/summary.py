@@ -18,7 +18,6 @@ from sphere.errors import SphereError
 
 Case = Mapping[str, Any]
 Metric = Callable[[Case], float | None]
-Row = dict[str, Any]
 
 RESAMPLES = 2000
 LEVEL = 95.0  # percent
@@ -84,11 +83,6 @@ SCORES: dict[str, dict[str, tuple[str, str, str]]] = {
 }
 
 
-def harmonic_mean(values: Sequence[float]) -> float:
-    """n / (sum of 1 / x); 0 if any x is 0."""
-    return len(values) / sum(1 / x for x in values) if all(x > 0 for x in values) else 0.0
-
-
 def summarise(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
     """Summary of the cases of one checkpoint.
 
@@ -133,7 +127,7 @@ def _score(
     drawn = np.stack([resampled[part] for part in parts])  # (3, B)
     with np.errstate(divide="ignore"):
         low, high = interval(len(parts) / (1 / drawn).sum(axis=0))  # 1/0 is inf: the mean is 0
-    value = harmonic_mean([result[part]["mean"] for part in parts])
+    value = statistics.harmonic_mean([result[part]["mean"] for part in parts])
     return {"value": value, "low": low, "high": high, "of": list(parts)}
 
 
@@ -206,12 +200,12 @@ WITH_INTERVAL = ("efficacy", "paraphrase", "neighborhood", "score")
 DECIMALS = {"fluency": 2}  # bits; the others need one
 
 
-def format_table(rows: Mapping[str, Any] | Sequence[Row], markdown: bool = False) -> str:
+def format_table(rows: Mapping[str, Any] | Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
     """A table of checkpoints for the terminal, or as Markdown; see `table_lines`."""
     return format_lines(table_lines(rows), markdown)
 
 
-def table_lines(rows: Mapping[str, Any] | Sequence[Row]) -> list[list[str]]:
+def table_lines(rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A table of checkpoints as cells, the first line its head.
 
     Args:

@@ -164,7 +164,7 @@ class LayerStack:
 
     @property
     def pass_overhead(self) -> int:
-        """What a forward pass costs beside its tokens, as a number of tokens: see `packs`."""
+        """What a forward pass costs beside its tokens, as a number of tokens: see `group_by_length`."""
         return PASS_OVERHEAD.get(self.device.type, PASS_OVERHEAD["cuda"])
 
     @property

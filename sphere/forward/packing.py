@@ -42,7 +42,7 @@ class TokenScores(NamedTuple):
 
 
 @dataclass
-class Row:
+class PackedRow:
     """Token ids as nodes of prefix trees: `parents[i]` < i is the node before node i, -1 at a root."""
 
     tokens: list[int] = field(default_factory=list)
@@ -84,30 +84,32 @@ class Row:
         return {node for scored, path in self.paths for node in path[scored.start - 1 : -1]}
 
 
-def pack(sequences: Sequence[Scored], row_tokens: int = ROW_TOKENS) -> list[Row]:
+def pack_trees(sequences: Sequence[Scored], row_tokens: int = ROW_TOKENS) -> list[PackedRow]:
     """Lay sequences out as prefix trees, each row filled up to `row_tokens` (more only for a longer sequence)."""
-    rows: list[Row] = []
+    rows: list[PackedRow] = []
     for scored in sorted(set(sequences)):  # neighbors in this order share the longest prefixes
         shared = rows[-1].shared(scored.ids) if rows else []
         if not rows or len(rows[-1].tokens) + len(scored.ids) - len(shared) > row_tokens:
-            rows.append(Row())
+            rows.append(PackedRow())
             shared = []
         rows[-1].add(scored, shared)
     return rows
 
 
-def one_per_row(sequences: Sequence[Scored]) -> list[Row]:
+def one_per_row(sequences: Sequence[Scored]) -> list[PackedRow]:
     """Each sequence in its own row, by length."""
     rows = []
     for scored in sorted(set(sequences), key=lambda s: (len(s.ids), s)):
-        rows.append(Row())
+        rows.append(PackedRow())
         rows[-1].add(scored, [])
     return rows
 
 
-def batches(rows: Sequence[Row], batch_tokens: int, batch_scored: float = math.inf) -> Iterator[list[Row]]:
+def batches(
+    rows: Sequence[PackedRow], batch_tokens: int, batch_scored: float = math.inf
+) -> Iterator[list[PackedRow]]:
     """Neighboring rows together, up to so many tokens with padding and so many scored positions."""
-    batch: list[Row] = []
+    batch: list[PackedRow] = []
     longest = scored = 0
     for row in rows:
         length, n_scored = len(row.tokens), len(row.scored_nodes)
@@ -121,7 +123,7 @@ def batches(rows: Sequence[Row], batch_tokens: int, batch_scored: float = math.i
         yield batch
 
 
-def model_inputs(model: Any, batch: Sequence[Row], trees: bool) -> dict[str, Any]:
+def model_inputs(model: Any, batch: Sequence[PackedRow], trees: bool) -> dict[str, Any]:
     """Arguments of the model for rows (right-padded): as prefix trees, or as one sequence per row."""
     device, length = model.get_input_embeddings().weight.device, max(len(row.tokens) for row in batch)
     ids = np.zeros((len(batch), length), dtype=np.int64)  # any id will do as padding: nothing sees it

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 from sphere.errors import SphereError
 from sphere.forward.packing import (
     ROW_TOKENS,
-    Row,
+    PackedRow,
     Scored,
     TokenScores,
     batches,
     model_inputs,
     one_per_row,
-    pack,
+    pack_trees,
 )
 from sphere.forward.passes import PassOptions
 
@@ -63,7 +63,11 @@ class PackedScorer:
             return {}
         if self.trees is None:
             self.trees = self.takes_trees(sequences)
-        rows = pack(sequences, min(ROW_TOKENS, self.batch_tokens)) if self.trees else one_per_row(sequences)
+        rows = (
+            pack_trees(sequences, min(ROW_TOKENS, self.batch_tokens))
+            if self.trees
+            else one_per_row(sequences)
+        )
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         results: dict[Scored, TokenScores] = {}
         for batch in batches(rows, self.batch_tokens, max(1, LOGIT_VALUES // vocabulary)):
@@ -83,7 +87,7 @@ class PackedScorer:
             )
 
     @torch.no_grad()
-    def _forward(self, batch: Sequence[Row], trees: bool) -> dict[Scored, TokenScores]:
+    def _forward(self, batch: Sequence[PackedRow], trees: bool) -> dict[Scored, TokenScores]:
         nodes = [(b, node) for b, row in enumerate(batch) for node in sorted(row.scored_nodes)]
         with _logits_at(self.model, nodes) as select:
             output = self.model(**model_inputs(self.model, batch, trees))
@@ -113,7 +117,9 @@ class PackedScorer:
         few = [Scored(path, 1) for path in (ids, ids[:half] + turned[: len(ids) - half], turned)]
         plain = self._forward(one_per_row(few), trees=False)
         try:
-            packed = self._forward(pack(few, row_tokens=sum(len(scored.ids) for scored in few)), trees=True)
+            packed = self._forward(
+                pack_trees(few, row_tokens=sum(len(scored.ids) for scored in few)), trees=True
+            )
         except Exception as error:  # a model may refuse such a mask in any way it likes
             log.info("%s does not take tree masks (%s)", type(self.model).__name__, error)
             return False
@@ -124,7 +130,9 @@ class PackedScorer:
         return difference < tolerance
 
 
-def _by_sequence(batch: Sequence[Row], nll: np.ndarray, predicted: np.ndarray) -> dict[Scored, TokenScores]:
+def _by_sequence(
+    batch: Sequence[PackedRow], nll: np.ndarray, predicted: np.ndarray
+) -> dict[Scored, TokenScores]:
     """Cut the flat results of a batch into those of its sequences."""
     results, start = {}, 0
     for row in batch:

@@ -15,7 +15,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from sphere.forward.layers import LayerStack
-from sphere.forward.packing import ROW_TOKENS, Row, Scored, batches, model_inputs, one_per_row, pack
+from sphere.forward.packing import (
+    ROW_TOKENS,
+    PackedRow,
+    Scored,
+    batches,
+    model_inputs,
+    one_per_row,
+    pack_trees,
+)
 from sphere.requests import EditRequest
 from sphere.values.context_templates import BARE, fill
 from sphere.values.tokenization import bos_text, encode, subject_token
@@ -39,7 +47,9 @@ class _TreeBatch:
         hidden: (rows x columns x d), entering layer `at`.
     """
 
-    def __init__(self, stack: LayerStack, rows: Sequence[Row], trees: bool, first: int, last: int) -> None:
+    def __init__(
+        self, stack: LayerStack, rows: Sequence[PackedRow], trees: bool, first: int, last: int
+    ) -> None:
         self.recorded = stack.record(model_inputs(stack.model, rows, trees), first, last)
         self.restart()
         ends = [(row, scored.ids, path[-1]) for row, r in enumerate(rows) for scored, path in r.paths]
@@ -138,5 +148,5 @@ def _tree_batches(
 ) -> list[_TreeBatch]:
     """Sequences as prefix trees where the model takes them, else each in its own row; so many tokens at a time."""
     sequences = [Scored(x, len(x)) for x in ids]
-    rows = pack(sequences, min(ROW_TOKENS, batch_tokens)) if trees else one_per_row(sequences)
+    rows = pack_trees(sequences, min(ROW_TOKENS, batch_tokens)) if trees else one_per_row(sequences)
     return [_TreeBatch(stack, batch, trees, first, last) for batch in batches(rows, batch_tokens)]
