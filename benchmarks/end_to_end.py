@@ -47,18 +47,18 @@ from benchmarks.models import METHOD, default_model
 from benchmarks.plain import projection as plain_projection
 from benchmarks.plain import solves as plain_solves
 from benchmarks.stages import Place, StageClock, timed
-from sphere.commands.common import add_data_flags, positive_int, run_cli
+from sphere.commands.common import DATA_FLAGS, add_settings, positive_int, run_cli
 from sphere.data.records import Record, load_records
 from sphere.editor import Editor
 from sphere.evaluation.scoring import RecordScorer
 from sphere.evaluation.summary import SCORES, summarise
+from sphere.forward.matmul_dtype import MATMUL_DTYPES
 from sphere.forward.passes import PassOptions
 from sphere.hparams import HParams
 from sphere.methods import Services
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.models import DEFAULT_MODEL
 from sphere.rules import Sphere
-from sphere.runs.config import Z_MATMUL_DTYPES
 from sphere.values.compute_ks import ActivationsPass
 from sphere.values.context_templates import generate_context_templates
 from sphere.weights import EditedWeights
@@ -173,7 +173,7 @@ def make_editors(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Na
             tokenizer,
             METHOD,
             hparams,
-            passes=PassOptions(z_matmul_dtype=Z_MATMUL_DTYPES[name]),
+            passes=PassOptions(z_matmul_dtype=MATMUL_DTYPES[name]),
             **options,
         )
         for name in args.products
@@ -313,7 +313,7 @@ def measure(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Namespa
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = benchmark_parser(__doc__, turns=None)
-    add_data_flags(parser, limit=100)
+    add_settings(parser, DATA_FLAGS, dataset_size_limit={"default": 100})
     parser.add_argument(
         "--n",
         dest="dataset_size_limit",
@@ -334,7 +334,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--products",
-        choices=list(Z_MATMUL_DTYPES),
+        choices=list(MATMUL_DTYPES),
         nargs="+",
         default=["model"],
         help="types that the fast way multiplies in while z is sought, each a run of its own",

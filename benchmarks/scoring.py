@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.common import Comparison, finish
 from benchmarks.plain.scoring import plain_scorer
-from sphere.commands.common import add_data_flags, add_model_flags, make_parser, positive_int, run_cli
+from sphere.commands.common import DATA_FLAGS, MODEL_FLAGS, add_settings, make_parser, positive_int, run_cli
 from sphere.data.records import Record, load_records
 from sphere.errors import SphereError
 from sphere.evaluation.scoring import RecordScorer, count_prompts
@@ -40,10 +40,8 @@ def differences(ours: list[dict[str, Any]], plain: list[dict[str, Any]]) -> tupl
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and fail below the goal or with unequal results."""
     parser = make_parser(__doc__)
-    add_model_flags(parser)
+    add_settings(parser, (*MODEL_FLAGS, *DATA_FLAGS), dataset_size_limit={"default": 64})
     parser.add_argument("--json", default=None, help="also write the rows to this file")
-    add_data_flags(parser)
-    parser.set_defaults(dataset_size_limit=64)
     parser.add_argument("--chunk", type=positive_int, default=32, help="records per turn")
     parser.add_argument("--batch_tokens", type=positive_int, default=None, help="tokens of one forward pass")
     args = parser.parse_args(argv)

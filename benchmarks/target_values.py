@@ -37,9 +37,9 @@ from benchmarks.plain.target_values import plain_target_values
 from sphere.commands.common import positive_int, run_cli
 from sphere.data.records import load_records
 from sphere.forward.layers import LayerStack
+from sphere.forward.matmul_dtype import MATMUL_DTYPES
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
-from sphere.runs.config import Z_MATMUL_DTYPES
 from sphere.runs.plan import measure_rates
 from sphere.values.compute_z import compute_z
 
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch_tokens", type=positive_int, default=2048)
     parser.add_argument(
         "--products",
-        choices=list(Z_MATMUL_DTYPES),
+        choices=list(MATMUL_DTYPES),
         nargs="+",
         default=None,
         help="types that the fast way multiplies in",
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         requests = [record.request for record in load_records("starter", "data", n)]
         few = min(args.few, n)
         chosen = list(range(0, n, n // few))[:few]
-        kind = Z_MATMUL_DTYPES[products]
+        kind = MATMUL_DTYPES[products]
         batch = Batch(stack, tokenizer, hparams, requests, chosen, kind, args.batch_tokens)
         label = f", products in {products}" if products != "model" else ""
         goal = GOALS.get((n, products)) if device.type == "cpu" else None

@@ -1,41 +1,9 @@
-"""Compare runs in figures and one self-contained HTML page.
+"""`sphere report`, in a checkout."""
 
-Shows whatever the folders hold: run.json and batches.jsonl of experiments.evaluate, summary/ and rect_eval/ of
-scripts.evaluate_each_epoch, and the checkpoints. Loads no model. Writes report/report.html and report/figures/.
-"""
+from sphere.commands.common import run_cli
+from sphere.commands.report import main, parser
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from sphere.commands.common import make_parser, run_cli
-
-
-def parser() -> argparse.ArgumentParser:
-    """The flags."""
-    parser = make_parser(__doc__)
-    parser.add_argument(
-        "--weight_folder",
-        type=Path,
-        nargs="+",
-        required=True,
-        help="folders of runs, as experiments.evaluate wrote them",
-    )
-    parser.add_argument(
-        "--out", type=Path, default=None, help="where report/ is written (default: the first run's folder)"
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Parse, draw, print."""
-    args = parser().parse_args(argv)
-    from sphere.report import make_report
-
-    print(f"Report: {make_report(args.weight_folder, args.out)}")
-    return 0
-
+__all__ = ["main", "parser"]
 
 if __name__ == "__main__":
     run_cli(main)

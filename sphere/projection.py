@@ -65,10 +65,15 @@ def suppress(delta: Tensor, basis: Tensor, alpha: float) -> Tensor:
 def check_beta(beta_hse: float) -> None:
     """`beta_hse` is a ratio; 0 stands for "no projection"."""
     if not 0 <= beta_hse <= 1:
-        raise SphereError(f"beta_hse is a cumulative ratio between 0 and 1, got {beta_hse}: correct it.")
+        raise SphereError(
+            f"beta_hse is a cumulative ratio between 0 and 1, got {beta_hse}: correct it.",
+            argument="beta_hse",
+        )
 
 
 def check_alpha(alpha: float) -> None:
     """`alpha` says how much of the principal part is taken away."""
     if not 0 <= alpha <= 1:
-        raise SphereError(f"alpha is a suppression strength between 0 and 1, got {alpha}: correct it.")
+        raise SphereError(
+            f"alpha is a suppression strength from 0 to 1, got {alpha}: correct it.", argument="alpha"
+        )

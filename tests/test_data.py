@@ -15,6 +15,7 @@ import pytest
 from sphere.data import records as data
 from sphere.data.records import load_records
 from sphere.errors import SphereError
+from sphere.resources import shipped
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 COUNTERFACT = {
@@ -95,9 +96,7 @@ def test_limit(tmp_path):
 
 
 def test_starter_is_found_beside_the_package(tmp_path):
-    if not (data.EMBEDDED_DIR / "starter.json").exists():
-        pytest.skip("data/starter.json has not been built")
-    assert load_records("starter", tmp_path, 3) == load_records("starter", data.EMBEDDED_DIR, 3)
+    assert load_records("starter", tmp_path, 3) == load_records("starter", shipped("data"), 3)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +201,7 @@ def test_failed_download_says_what_to_do_and_leaves_nothing(tmp_path, monkeypatc
     message = str(error.value)
     assert "put the published file at" in message
     assert str(tmp_path / "zsre_mend_eval.json") in message
-    assert "--data_dir" in message
+    assert error.value.arguments == ("data_dir",)
     assert ("1 of 1000 bytes" if broken else "no network") in message
     assert not list(tmp_path.iterdir())
 

@@ -225,11 +225,11 @@ def test_the_command_makes_the_run_again():
         alg_name="MEMIT", dataset_size_limit=7, beta_hse=0, output_dir="a b", tensorboard=True, overwrite=True
     )
     command = command_of(dataclasses.asdict(config))
-    assert command.startswith("python -m experiments.evaluate --alg_name=MEMIT")
+    assert command.startswith("python -m sphere edit --alg_name=MEMIT")
     assert "overwrite" not in command
-    arguments = vars(parser().parse_args(shlex.split(command)[3:]))
+    arguments = vars(parser().parse_args(shlex.split(command)[4:]))
     for field, value in dataclasses.asdict(config).items():
         if field != "overwrite":
-            assert (str(arguments[field]) if field == "data_dir" else arguments[field]) == value
+            assert arguments[field] == value
     everything = {"dataset_size_limit": None, "case_ids": [3, 4, 5]}
     assert "--dataset_size_limit=3" in command_of(everything)

@@ -101,8 +101,8 @@ def test_the_page_is_whole_and_self_contained(page, folders):
     assert "nan" not in [cell.strip() for cell in tags.cells]
     commands = [re.sub("<[^>]*>", "", found) for found in re.findall("<pre>(<span>.*?)</pre>", text)]
     for folder in folders:
-        assert f"python -m scripts.evaluate_each_epoch --weight_folder={folder} --num_tests=50" in commands
-    assert commands[0].startswith("python -m experiments.evaluate --ds_name=mcf --num_edits=10 --beta_hse=0")
+        assert f"python -m sphere score --weight_folder={folder} --num_tests=50" in commands
+    assert commands[0].startswith("python -m sphere edit --ds_name=mcf --num_edits=10 --beta_hse=0")
 
 
 def test_figures_lie_beside_the_page(page):
@@ -315,7 +315,7 @@ def test_a_last_line_cut_by_a_kill_is_left_out(tmp_path):
         (
             "summary/summary.json",
             "[]",
-            "summary of scores in .* is not as scripts.evaluate_each_epoch writes it",
+            "summary of scores in .* is not as `sphere score` writes it",
         ),
         ("summary/summary.json", '{"checkpoints": [{}]}', "remove it and score again"),
         ("rect_eval/summary.json", "{}", "downstream summary in .* remove it and score again"),

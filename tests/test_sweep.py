@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tiny_run import TinyRun
 
 from experiments import sweep as command
+from sphere.commands.sweep_job import job_of
 from sphere.errors import SphereError
 from sphere.forward.layers import LayerStack
 from sphere.runs.config import RunConfig
@@ -92,7 +93,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_one_table(world):
     table = (world.folder / "sweep" / "sweep.md").read_text()
     assert "| AlphaEdit alpha=0.5 seed=0 | 12 |" in table
     assert "Mean over seeds" in table
-    assert "scripts.report --weight_folder" in done.stdout
+    assert "sphere report --weight_folder" in done.stdout
     # what was broken off ends where a run on its own ends
     name = sorted(set(after) - finished)[0]
     settings = {
@@ -172,8 +173,8 @@ def test_changed_settings_are_run_again(world):
 
 def test_jobs_take_turns_at_devices():
     config = {"sweep_dir": "x", "generation_interval": 0, "devices": ["cuda:0", "cuda:1"], "device": "auto"}
-    assert [command.job_of(config, i).config.device for i in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert command.job_of(config | {"devices": []}, 1).config.device == "auto"
+    assert [job_of(config, i).config.device for i in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert job_of(config | {"devices": []}, 1).config.device == "auto"
 
 
 def test_two_processes_are_not_at_one_run(world):

@@ -1,7 +1,7 @@
 """What every command line shares: errors as one sentence, logging beside progress bars, the common flags.
 
-Knows argparse and exit codes. It knows nothing of models, data or methods, and imports none of them, so that
-`--help` answers at once.
+Knows argparse, exit codes and the settings of a run. It knows nothing of models, data or methods, and imports none of
+them, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
+from sphere.runs.config import RunConfig, Setting, settings
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 WIDTH = 112  # of help texts, where the terminal is wide enough or unknown
-DATASETS = ("starter", "cf", "mcf", "zsre")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -53,12 +53,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_ERROR, f"error: {message.rstrip('.')}; see --help.\n")
 
 
-def make_parser(description: str | None, **options: Any) -> Parser:
-    """A parser for one command; `description` is usually the script's docstring."""
+def make_parser(description: str | None, prog: str | None = None) -> Parser:
+    """A parser for one command.
+
+    Args:
+        description: usually the module's docstring.
+        prog: the command's name, e.g. "sphere edit"; where a module is run by its own name, that counts.
+    """
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    if module is not None:
-        options.setdefault("prog", f"python -m {module.name}")
-    return Parser(description=description, formatter_class=HelpFormatter, allow_abbrev=False, **options)
+    if module is not None and not module.name.endswith("__main__"):
+        prog = f"python -m {module.name}"
+    return Parser(prog=prog, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
 
 
 def positive_int(text: str) -> int:
@@ -72,50 +77,63 @@ def positive_int(text: str) -> int:
     return value
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """--model_name, --device, --dtype, --device_map: the arguments of `sphere.models.load_model`."""
-    group = parser.add_argument_group("model")
+GROUPS = ("editing", "model", "data", "output", "scoring", "machine")  # of flags, in the order of `--help`
+MODEL_FLAGS = ("model_name", "device", "dtype", "device_map")
+DATA_FLAGS = ("ds_name", "data_dir", "dataset_size_limit")
+Groups = dict[str, argparse._ArgumentGroup]
+
+
+def add_settings(
+    parser: argparse.ArgumentParser, names: Iterable[str] | None = None, **changed: Any
+) -> Groups:
+    """Flags made of the fields of `RunConfig`.
+
+    Args:
+        names: which ones (default: all).
+        changed: field -> its attributes that are others here, e.g. {"seed": {"help": "of the bootstrap intervals"}}.
+
+    Returns:
+        Name -> group of flags, for what else belongs there.
+    """
+    chosen = [setting for name, setting in settings().items() if names is None or name in names]
+    present = {setting.group for setting in chosen}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS if names is None or name in present}
+    for setting in chosen:
+        _add_flag(groups[setting.group], replace(setting, **changed.get(setting.name, {})))
+    return groups
+
+
+def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
+    spelled = [f"--{name}" for name in (setting.name, *setting.old_names)]
+    if setting.kind is bool:
+        group.add_argument(*spelled, action="store_true", help=setting.help)
+        return
+    kind = positive_int if setting.at_least == 1 else setting.kind
+    options: dict[str, Any] = {"choices": setting.choices} if setting.choices else {}
     group.add_argument(
-        "--model_name",
-        default="SmolLM2-135M",
-        help="the embedded default model, a folder, a .gguf file or a Hugging Face hub id",
-    )
-    group.add_argument(
-        "--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ..."
-    )
-    group.add_argument(
-        "--dtype",
-        default="auto",
-        help="auto (float32 on CPU, the checkpoint's own on a GPU), float32, bfloat16, float16 or float64",
-    )
-    group.add_argument(
-        "--device_map", default=None, help="spread the layers over devices, e.g. auto; overrides --device"
+        *spelled, dest=setting.name, type=kind, default=setting.default, help=setting.help, **options
     )
 
 
-def add_data_flags(
-    parser: argparse.ArgumentParser, ds_name: str | None = "starter", limit: int | None = None
-) -> None:
-    """--ds_name, --data_dir, --dataset_size_limit (default `limit`): what `load_records` takes."""
-    group = parser.add_argument_group("data")
+def config_of(arguments: argparse.Namespace) -> RunConfig:
+    """The run that parsed flags stand for; flags of the command's own are left out."""
+    return RunConfig(**{name: value for name, value in vars(arguments).items() if name in settings()})
+
+
+def add_generation_flags(group: argparse._ArgumentGroup) -> None:
+    """--generation_test_interval and --skip_generation_tests: which cases text is generated for."""
     group.add_argument(
-        "--ds_name",
-        choices=DATASETS,
-        default=ds_name,
-        help="starter (embedded), cf (CounterFact), mcf (the part of it that MEMIT uses) or zsre",
+        "--generation_test_interval",
+        type=int,
+        default=0,
+        help="generate text for every so-many-th case in the order of editing, from the first; 0 or below: never",
     )
-    group.add_argument(
-        "--data_dir",
-        type=Path,
-        default=Path("data"),
-        help="folder with the published files; cf, mcf and zsre are downloaded into it when missing",
-    )
-    group.add_argument(
-        "--dataset_size_limit",
-        type=positive_int,
-        default=limit,
-        help="use only the first so many records" + ("" if limit else " (default: all)"),
-    )
+    group.add_argument("--skip_generation_tests", action="store_true", help="generate no text")
+
+
+def generation_interval(arguments: argparse.Namespace) -> int:
+    """Text is generated for every so-many-th case; 0: for none."""
+    return 0 if arguments.skip_generation_tests else max(arguments.generation_test_interval, 0)
 
 
 class _ProgressHandler(logging.Handler):
@@ -138,17 +156,20 @@ def set_up_logging(level: int = logging.INFO) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def run_cli(main: Callable[[list[str] | None], int | None]) -> NoReturn:
-    """Run a script's `main` and exit: 0 (or what it returns), 2 after an `error: ...` line, 130 on Ctrl-C.
+def run_cli(main: Callable[[list[str] | None], int | None], spelled: str = "--{}") -> NoReturn:
+    """Run a command's `main` and exit: 0 (or what it returns), 2 after an `error: ...` line, 130 on Ctrl-C.
 
     Other exceptions are bugs and keep their traceback.
+
+    Args:
+        spelled: how this command line writes a setting's name, "--{}" or "{}=".
     """
     set_up_logging()
     _end_at_a_second_interrupt()
     try:
         code = main(None)
     except SphereError as error:
-        code = _complain(str(error))
+        code = _complain(with_flags(error, spelled))
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         code = EXIT_INTERRUPTED
@@ -179,6 +200,17 @@ def _end_at_a_second_interrupt() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
+
+
+def with_flags(error: SphereError, spelled: str = "--{}") -> str:
+    """The sentence of an error, and of which flags it speaks: "... must be at least 1 (--num_edits)."."""
+    names: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        names += getattr(cause, "arguments", ())
+        cause = cause.__cause__
+    flags = ", ".join(spelled.format(name) for name in dict.fromkeys(names))
+    return f"{str(error).rstrip('.')} ({flags})." if flags else str(error)
 
 
 def _complain(sentence: str) -> int:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from sphere.errors import SphereError
 from sphere.files import atomic_path, read_json
 from sphere.requests import EditRequest
+from sphere.resources import shipped
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ FILES = {
     "mcf": "multi_counterfact.json",
     "zsre": "zsre_mend_eval.json",
 }
-EMBEDDED_DIR = Path(__file__).parents[2] / "data"
 TIMEOUT_SECONDS = 20
 CHUNK_BYTES = 1 << 16
 
@@ -74,9 +74,12 @@ def load_records(ds_name: str, data_dir: str | Path = "data", limit: int | None 
             sentence names file, index and key).
     """
     if ds_name not in FILES:
-        raise SphereError(f"Unknown dataset '{ds_name}': use one of {', '.join(FILES)}.")
+        raise SphereError(f"Unknown dataset '{ds_name}': use one of {', '.join(FILES)}.", argument="ds_name")
     if limit is not None and limit < 1:
-        raise SphereError(f"The dataset limit is {limit}: give a number of records of at least 1.")
+        raise SphereError(
+            f"The dataset limit is {limit}: give a number of records of at least 1.",
+            argument="dataset_size_limit",
+        )
     path = _locate(ds_name, Path(data_dir))
     content = read_json(path, "dataset")
     if not isinstance(content, list) or not content:
@@ -104,11 +107,12 @@ def _locate(ds_name: str, data_dir: Path) -> Path:
     if ds_name != "starter":
         fetch(FILES[ds_name], path)
         return path
-    embedded = EMBEDDED_DIR / FILES[ds_name]
+    embedded = shipped("data") / FILES[ds_name]
     if not embedded.exists():
         raise SphereError(
-            f"No {FILES[ds_name]} in {data_dir} or {EMBEDDED_DIR}: build it with "
-            "`python -m scripts.build_starter`."
+            f"No {FILES[ds_name]} in {data_dir} or {embedded.parent}: build it with "
+            "`python -m scripts.build_starter`.",
+            argument="data_dir",
         )
     return embedded
 
@@ -126,7 +130,8 @@ def fetch(file: str, path: Path) -> None:
         reason = getattr(error, "reason", None) or str(error) or type(error).__name__
         raise SphereError(
             f"No {file} in {path.parent}, and {url} cannot be fetched ({reason}): put the published file at "
-            f"{path}, or name the folder that holds it with --data_dir."
+            f"{path}, or name the folder that holds it.",
+            argument="data_dir",
         ) from error
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)

@@ -25,10 +25,11 @@ from sphere.errors import SphereError
 from sphere.evaluation.states import State
 from sphere.files import atomic_path, read_json, write_json
 from sphere.forward.passes import PassOptions
+from sphere.resources import shipped
 
 log = logging.getLogger(__name__)
 
-LOCAL_TASKS = Path(__file__).parents[2] / "data" / "lm_eval_tasks"
+LOCAL_TASKS = shipped("data/lm_eval_tasks")
 DATA_PREFIX = f"data/{FOLDER}/"  # how the YAML files name the local data
 BATCH_SIZE = 8
 BOOTSTRAP = 200  # resamples for the standard errors of F1 and MCC

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers' SDPA attention at each call
+MATMUL_DTYPES = {"model": None, "bfloat16": torch.bfloat16}  # None: the model's own
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from sphere.report.figures import draw
 from sphere.report.page import png, render, svg
 from sphere.report.style import drawing
 from sphere.report.tables import tables
+from sphere.runs.config import PROGRAM
 from sphere.runs.folder import RUN_FILE
 
 FOLDER = "report"
@@ -42,7 +43,7 @@ def make_report(folders: Sequence[str | Path], out: str | Path | None = None, pr
     runs = load_runs(folders)
     measure(runs, progress)
     place = (Path(out) if out is not None else runs[0].folder) / FOLDER
-    command = ["python", "-m", "scripts.report", "--weight_folder", *(str(run.folder) for run in runs)]
+    command = [*PROGRAM, "report", "--weight_folder", *(str(run.folder) for run in runs)]
     with drawing():
         figures = [(drawn, svg(drawn)) for drawn in draw(runs)]
         page = render(

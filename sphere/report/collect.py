@@ -148,9 +148,7 @@ def _check_summary(summary: Mapping[str, Any], folder: Path) -> None:
 
 
 def _remake(folder: Path, what: str) -> str:
-    return (
-        f"The {what} in {folder} is not as scripts.evaluate_each_epoch writes it: remove it and score again."
-    )
+    return f"The {what} in {folder} is not as `sphere score` writes it: remove it and score again."
 
 
 def _config_from_name(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from sphere.report.collect import RunData
 from sphere.report.figures import share_rows
-from sphere.runs.config import RunConfig, command_of
+from sphere.runs.config import PROGRAM, RunConfig, command_of
 
 MODEL_FLAGS = ("model_name", "device", "dtype", "device_map")
 DEFAULTS = RunConfig()
@@ -47,7 +47,7 @@ def downstream_command(run: RunData) -> str:
 def _evaluate(run: RunData, flags: dict[str, object]) -> str:
     model = {name: run.config.get(name) for name in MODEL_FLAGS}
     defaults = {"data_dir": DEFAULTS.data_dir, **{name: getattr(DEFAULTS, name) for name in MODEL_FLAGS}}
-    words = ["python", "-m", "scripts.evaluate_each_epoch", f"--weight_folder={run.folder}"]
+    words = [*PROGRAM, "score", f"--weight_folder={run.folder}"]
     for name, value in (flags | model).items():
         if value is not None and value != defaults.get(name):
             words.append(f"--{name}={value}")
@@ -98,5 +98,5 @@ def _log_command(run: RunData) -> str | None:
 def _without_log(run: RunData) -> str:
     return (
         "there is no editing log (batches.jsonl), which alone knows the principal shares of the updates; energies are "
-        "those of the checkpoints. Runs of experiments.evaluate write it."
+        "those of the checkpoints. Runs of `sphere edit` write it."
     )

@@ -1,109 +1,222 @@
 """The settings of a run, and what follows from them alone: its folder, its files, the command that makes it again.
 
-Knows names and paths. Loads no model and writes nothing.
+Each field of `RunConfig` says in one place what it is called, its type, default, help, group and choices; the flags of
+the commands, the keys of a sweep and run.json are made from that. Knows names and paths. Loads no model, writes
+nothing, and is imported without PyTorch.
 """
 
 from __future__ import annotations
 
 import platform
 import shlex
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-
-from sphere.checkpoints import run_folder
-from sphere.editor import ON_BREAKDOWN
+from sphere.data.records import FILES
 from sphere.errors import SphereError
-from sphere.forward.passes import PassOptions
-from sphere.methods import get_method
-from sphere.models import DEFAULT_MODEL, model_label
+from sphere.resources import DEFAULT_MODEL, find
 
-Z_MATMUL_DTYPES = {"model": None, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    from sphere.forward.passes import PassOptions
+
+PROGRAM = ("python", "-m", "sphere")  # in a checkout and where the package is installed
+
+
+def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
+    """A field of `RunConfig`: its default, the group of flags that it stands in, and what it means.
+
+    Args:
+        more: `choices` (the values that it may have), `at_least` (its smallest number), `old_names` (by which flags,
+            sweeps and files of earlier runs call it).
+    """
+    return field(default=default, metadata={"group": group, "help": help, **more})
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that a run is decided by and what it logs; the flags of `experiments.evaluate` by the same names."""
+    """Everything that a run is decided by and what it logs."""
 
-    alg_name: str = "AlphaEdit"
-    model_name: str = DEFAULT_MODEL
-    hparams_fname: str | None = None
-    ds_name: str = "starter"
-    dataset_size_limit: int | None = 40
-    num_edits: int = 20
-    beta_hse: float = 0.5
-    alpha: float | None = None
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
-    data_dir: str = "data"
-    hparams_dir: str = "hparams"
-    stats_dir: str = "data/stats"
-    cache_dir: str = "data/cache"
-    output_dir: str = "Edited_Weight"
-    checkpoints: str = "ends"
-    log_energy_every: int = 1
-    tensorboard: bool = False
-    batch_tokens: int | None = None
-    z_matmul_dtype: str = "model"
-    on_breakdown: str = "stop"
-    conserve_memory: bool = False
-    use_cache: bool = False
-    continue_from_run: bool = False
-    overwrite: bool = False
+    alg_name: str = _setting("AlphaEdit", "editing", "the method; `sphere methods` shows them all")
+    model_name: str = _setting(
+        DEFAULT_MODEL, "model", "the embedded default model, a folder, a .gguf file or a Hugging Face hub id"
+    )
+    hparams_fname: str | None = _setting(
+        None, "editing", "file in <hparams_dir>/<alg_name>/ (default: the model's name + .json)"
+    )
+    ds_name: str = _setting(
+        "starter",
+        "data",
+        "starter (embedded), cf (CounterFact), mcf (the part of it that MEMIT uses) or zsre",
+        choices=tuple(FILES),
+    )
+    dataset_size_limit: int | None = _setting(40, "data", "use only the first so many records", at_least=1)
+    num_edits: int = _setting(20, "editing", "edits per batch", at_least=1)
+    beta_hse: float = _setting(
+        0.5,
+        "editing",
+        "SPHERE: cumulative ratio that decides how many directions are principal; 0 switches it off",
+    )
+    alpha: float | None = _setting(
+        None,
+        "editing",
+        "SPHERE: suppression strength (default: the paper's, 0.5 for AlphaEdit and 0.8 for the others)",
+    )
+    seed: int = _setting(0, "editing", "of everything that is sampled")
+    device: str = _setting("auto", "model", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    dtype: str = _setting(
+        "auto",
+        "model",
+        "auto (float32 on CPU, the checkpoint's own on a GPU), float32, bfloat16, float16 or float64",
+    )
+    device_map: str | None = _setting(
+        None, "model", "spread the layers over devices, e.g. auto; overrides --device"
+    )
+    data_dir: str = _setting(
+        "data",
+        "data",
+        "folder with the published files; cf, mcf and zsre are downloaded into it when missing",
+    )
+    hparams_dir: str = _setting("hparams", "editing", "where hyperparameter files are")
+    stats_dir: str = _setting("data/stats", "output", "where second moments are kept for later runs")
+    cache_dir: str = _setting("data/cache", "output", "where --use_cache keeps target values")
+    output_dir: str = _setting("Edited_Weight", "output", "where runs are written")
+    checkpoints: str = _setting(
+        "ends",
+        "output",
+        "which weights to save besides edit_0: ends (first and last batch), all, or numbers of edits: 100,300",
+    )
+    log_energy_every: int = _setting(
+        1,
+        "output",
+        "log hyperspherical energy, principal share and conditioning of the edited weights after every so-many-th "
+        "batch; 0: never",
+    )
+    tensorboard: bool = _setting(False, "output", "also log each batch's metrics as TensorBoard events")
+    batch_tokens: int | None = _setting(
+        None,
+        "machine",
+        "tokens in one forward pass, of editing and of scoring; less needs less memory (default: what suits the device "
+        "and the kind of pass)",
+        at_least=1,
+    )
+    z_matmul_dtype: str = _setting(
+        "model",
+        "machine",
+        "the type in which the layers above z multiply while z is sought; its state stays in float32. bfloat16 is "
+        "faster for a float32 model where the processor knows it",
+        choices=("model", "bfloat16"),
+        old_names=("z_products",),
+    )
+    on_breakdown: str = _setting(
+        "stop",
+        "editing",
+        "whether an absurdly large update stops the run or is written, with a warning; what is not finite always stops "
+        "it",
+        choices=("stop", "continue"),
+    )
+    conserve_memory: bool = _setting(
+        False, "machine", "keep second moments, projectors and original weights off the GPU"
+    )
+    use_cache: bool = _setting(False, "machine", "keep target values z on disk for methods that share them")
+    continue_from_run: bool = _setting(
+        False, "output", "go on with the run of these settings where it stopped"
+    )
+    overwrite: bool = _setting(False, "output", "replace a run that is already there")
 
     @property
     def passes(self) -> PassOptions:
         """How this run's forward passes are cut."""
+        from sphere.forward.matmul_dtype import MATMUL_DTYPES
+        from sphere.forward.passes import PassOptions
+
         return PassOptions(
             batch_tokens=self.batch_tokens,
             conserve_memory=self.conserve_memory,
-            z_matmul_dtype=Z_MATMUL_DTYPES[self.z_matmul_dtype],
+            z_matmul_dtype=MATMUL_DTYPES[self.z_matmul_dtype],
         )
 
     def check(self) -> None:
         """Refuse what no run can be made of.
 
         Raises:
-            SphereError: a flag out of its range, or flags that contradict one another.
+            SphereError: a setting out of its range, or settings that contradict one another.
         """
-        if self.num_edits < 1:
-            raise SphereError(
-                f"--num_edits is the size of a batch and must be at least 1, got {self.num_edits}."
-            )
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise SphereError(
-                f"--batch_tokens is the size of a forward pass and must be at least 1, got {self.batch_tokens}."
-            )
-        if self.z_matmul_dtype not in Z_MATMUL_DTYPES:
-            raise SphereError(
-                f"--z_matmul_dtype is {' or '.join(Z_MATMUL_DTYPES)}, the type that the search for z multiplies in; "
-                f"got '{self.z_matmul_dtype}'."
-            )
-        if self.on_breakdown not in ON_BREAKDOWN:
-            raise SphereError(
-                f"on_breakdown is {' or '.join(ON_BREAKDOWN)}, what an absurdly large update does to the run; got "
-                f"'{self.on_breakdown}'."
-            )
+        for setting in settings().values():
+            value, name = getattr(self, setting.name), setting.name
+            if setting.choices and value not in setting.choices:
+                choices = ", ".join(setting.choices)
+                raise SphereError(f"{name} is one of {choices}, got '{value}'.", argument=name)
+            if setting.at_least is not None and value is not None and value < setting.at_least:
+                raise SphereError(f"{name} must be at least {setting.at_least}, got {value}.", argument=name)
         if not 0 <= self.seed < 2**63:
-            raise SphereError(f"--seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.")
+            raise SphereError(
+                f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.", argument="seed"
+            )
         if self.continue_from_run and self.overwrite:
-            raise SphereError("--continue_from_run keeps a run and --overwrite removes it: give one of them.")
+            raise SphereError(
+                "A run cannot be both continued and replaced: ask for one of them.",
+                argument=("continue_from_run", "overwrite"),
+            )
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of `RunConfig` as a command line, a sweep and a file know it.
+
+    Attributes:
+        kind: its type: int, float, str or bool.
+        optional: whether it may be None.
+        at_least: its smallest number, where there is one.
+        old_names: what it was called in earlier versions.
+    """
+
+    name: str
+    kind: type
+    optional: bool
+    default: Any
+    group: str
+    help: str
+    choices: tuple[str, ...] = ()
+    at_least: int | None = None
+    old_names: tuple[str, ...] = ()
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Name -> setting, of every field of `RunConfig`, in their order."""
+    hints = typing.get_type_hints(RunConfig)
+    found = {}
+    for one in fields(RunConfig):
+        parts = typing.get_args(hints[one.name]) or (hints[one.name],)
+        (kind,) = (part for part in parts if part is not NoneType)
+        found[one.name] = Setting(one.name, kind, NoneType in parts, one.default, **one.metadata)
+    return found
+
+
+def by_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings, as any version of this project wrote them, by the names that they have now."""
+    new = {old: setting.name for setting in settings().values() for old in setting.old_names}
+    return {new.get(name, name): value for name, value in config.items()}
 
 
 def hparams_path(config: RunConfig) -> Path:
-    """The hyperparameter file of a run."""
+    """The hyperparameter file of a run: in its `hparams_dir`, else among those that are shipped."""
+    from sphere.models import model_label
+
     file = config.hparams_fname or f"{model_label(config.model_name)}.json"
-    return Path(config.hparams_dir) / config.alg_name / file
+    return find(Path(config.hparams_dir) / config.alg_name / file)
 
 
 def folder_of(config: RunConfig) -> Path:
     """Where a run lands."""
+    from sphere.checkpoints import run_folder
+    from sphere.models import model_label
+
     return run_folder(
         config.output_dir,
         config.alg_name,
@@ -117,6 +230,8 @@ def folder_of(config: RunConfig) -> Path:
 
 def alpha_of(config: RunConfig) -> float:
     """A run's suppression strength: its own, or its method's default."""
+    from sphere.methods import get_method
+
     return get_method(config.alg_name).default_alpha if config.alpha is None else config.alpha
 
 
@@ -138,18 +253,23 @@ def saved_at(checkpoints: str, ends: Sequence[int]) -> set[int]:
         wanted = {int(part) for part in checkpoints.split(",")}
     except ValueError:
         raise SphereError(
-            f"--checkpoints is 'ends', 'all' or numbers of edits such as 100,300; got '{checkpoints}'."
+            f"checkpoints is 'ends', 'all' or numbers of edits such as 100,300; got '{checkpoints}'.",
+            argument="checkpoints",
         ) from None
     if strays := sorted(wanted - set(ends)):
         raise SphereError(
-            f"--checkpoints names {strays}, but batches end at {', '.join(map(str, ends[:5]))}"
-            f"{', ...' if len(ends) > 5 else ''}: give multiples of --num_edits."
+            f"checkpoints names {strays}, but batches end at {', '.join(map(str, ends[:5]))}"
+            f"{', ...' if len(ends) > 5 else ''}: give multiples of num_edits.",
+            argument=("checkpoints", "num_edits"),
         )
     return result | wanted
 
 
 def describe(config: RunConfig, command: str | None) -> dict[str, Any]:
     """A configuration with what else there is to know of how a run was made, JSON-able."""
+    import torch
+    import transformers
+
     return {
         **asdict(config),
         "command": command or command_of(asdict(config)),
@@ -163,14 +283,14 @@ def describe(config: RunConfig, command: str | None) -> dict[str, Any]:
 
 def command_of(config: Mapping[str, Any]) -> str:
     """The command that makes a run of this configuration (`run.json`, or a `RunConfig` as a dictionary) again."""
-    words = ["python", "-m", "experiments.evaluate"]
+    words = [*PROGRAM, "edit"]
     skipped = {"continue_from_run", "overwrite"}
-    values = dict(config)
+    values = by_new_names(config)
     if values.get("dataset_size_limit") is None and "case_ids" in values:
         values["dataset_size_limit"] = len(values["case_ids"])  # the command's own default is no "all"
-    for field in fields(RunConfig):
-        value = values.get(field.name, field.default)
-        if field.name in skipped or value == field.default or value is None:
+    for setting in settings().values():
+        value = values.get(setting.name, setting.default)
+        if setting.name in skipped or value == setting.default or value is None:
             continue
-        words.append(f"--{field.name}" if value is True else f"--{field.name}={value}")
+        words.append(f"--{setting.name}" if value is True else f"--{setting.name}={value}")
     return shlex.join(words)

@@ -76,7 +76,7 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
     """Load, edit batch after batch, save; with all processes that `torchrun` started, where it did.
 
     Args:
-        command: kept with the configuration; by default the `experiments.evaluate` command of these settings.
+        command: kept with the configuration; by default the `sphere edit` command of these settings.
 
     Raises:
         SphereError: anything that the user can fix; checkpoints written so far are kept.

@@ -1,14 +1,14 @@
 """Many runs: what a job of a sweep does, and one table of all of them.
 
-    <sweep_dir>/seed_<seed>[_<key>_<value>...]/<the run's own folder>/     as `experiments.evaluate` writes it
+    <sweep_dir>/seed_<seed>[_<key>_<value>...]/<the run's own folder>/     as `sphere edit` writes it
         job.json                                                        what became of the job
     <sweep_dir>/sweep.json, sweep.csv, sweep.md                         one row per job, and means over seeds
 
 A job that is finished is not run again; one that was stopped goes on from its last finished batch or its last scored
 records. So a sweep that was killed is started again with the same command.
 
-Knows runs and their scores. Knows nothing of Hydra (`experiments.sweep`), which says which jobs there are and where
-each one runs.
+Knows runs and their scores. Knows nothing of Hydra (`sphere.commands.sweep`), which says which jobs there are and
+where each one runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sphere.evaluation.summary import COLUMNS, format_lines, format_table
 from sphere.files import atomic_path, read_json, write_json
 from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
-from sphere.runs.config import RunConfig, alpha_of, folder_of, hparams_path
+from sphere.runs.config import PROGRAM, RunConfig, alpha_of, by_new_names, folder_of, hparams_path
 from sphere.runs.folder import JOB_NAME, LOG_NAME
 from sphere.runs.run import execute
 
@@ -110,9 +110,7 @@ def run_job(job: Job) -> dict[str, Any]:
     folder, path = job.folder, job.folder / JOB_NAME
     try:
         with locked(folder):
-            previous = read_json(path, "job") if path.exists() else {}
-            if path.exists() and not {"status", "settings"} <= previous.keys():
-                raise SphereError(f"{path} was not written by a sweep: move it, or choose another sweep_dir.")
+            previous = _read_job(path) if path.exists() else {}
             if _is_finished(previous, job):
                 log.info("%s: finished before.", folder)
                 return previous
@@ -199,8 +197,18 @@ def collect(sweep_dir: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _read_job(path: Path) -> dict[str, Any]:
+    """What became of a job, its settings by the names that they have now."""
+    job: dict[str, Any] = read_json(path, "job")
+    if not {"status", "settings"} <= job.keys():
+        raise SphereError(
+            f"{path} was not written by a sweep: move it, or choose another folder.", argument="sweep_dir"
+        )
+    return job | {"settings": by_new_names(job["settings"])}
+
+
 def _row(path: Path) -> dict[str, Any]:
-    job = read_json(path, "job")
+    job = _read_job(path)
     settings = job["settings"]
     row = {
         "folder": str(path.parent),
@@ -344,4 +352,4 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def report_command(rows: Sequence[Mapping[str, Any]]) -> str:
     """The command that makes one report of all finished runs."""
     folders = [row["folder"] for row in rows if row["metrics"]]
-    return shlex.join(["python", "-m", "scripts.report", "--weight_folder", *folders])
+    return shlex.join([*PROGRAM, "report", "--weight_folder", *folders])

