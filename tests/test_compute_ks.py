@@ -45,7 +45,7 @@ def test_equals_full_forward_passes_while_layers_are_edited(stack, tiny_tokenize
     assert stack.takes_trees([1])  # what was tested is the packed way
 
 
-def test_a_restarted_walk_sees_the_weights_of_now(stack, tiny_tokenizer):
+def test_a_restarted_pass_sees_the_weights_of_now(stack, tiny_tokenizer):
     activations = ActivationsPass(stack, tiny_tokenizer, REQUESTS, TEMPLATES, 2048)
     for layer in stack.hparams.layers:
         activations.compute_ks(layer)
@@ -61,7 +61,7 @@ def test_small_passes_give_the_same(stack, tiny_tokenizer):
 
 
 def test_a_model_without_tree_masks_runs_each_sequence_alone(stack, tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(stack, "_trees", False)
+    monkeypatch.setattr(stack, "takes_trees", lambda _: False)
     check_layers(stack, tiny_tokenizer, REQUESTS)
 
 
@@ -71,24 +71,32 @@ def test_requests_may_share_prompt_and_subject(stack, tiny_tokenizer):
 
 
 def test_a_single_token_subject_at_the_beginning(stack, tiny_tokenizer):
-    check_layers(stack, tiny_tokenizer, [EditRequest(0, "{} is", "X", "red")])
+    """With one template there is nothing but one sequence of one token, the probe for tree masks included."""
+    fact = EditRequest(0, "{} is", "X", "red")
+    check_layers(stack, tiny_tokenizer, [fact])
+    activations = ActivationsPass(stack, tiny_tokenizer, [fact], (("{}",),), 2048)
+    expected = plain.keys(stack.model, tiny_tokenizer, stack.rewrite[1], [fact], (("{}",),))
+    assert close(activations.compute_ks(1), expected)
 
 
 def test_no_token_is_run_twice_that_several_sequences_begin_with(stack, tiny_tokenizer):
     """The columns that are computed are as many as the prefix trees have nodes, plus padding."""
-    activations = ActivationsPass(stack, tiny_tokenizer, REQUESTS, TEMPLATES, 2048)
+    stack.takes_trees([1])  # asks the model, once
+    positions: list[int] = []
+    stack.layers[0].register_forward_pre_hook(lambda _m, args: positions.append(args[0].shape[:2].numel()))
+    ActivationsPass(stack, tiny_tokenizer, REQUESTS, TEMPLATES, 2048)
+    computed = sum(positions)
     rows = {ids_to_subject(tiny_tokenizer, t, r) for group in TEMPLATES for t in group for r in REQUESTS}
     bare = {ids_to_subject(tiny_tokenizer, "{}", r) for r in REQUESTS}
 
     def nodes(sequences) -> int:
         return len({ids[:end] for ids in sequences for end in range(1, len(ids) + 1)})
 
-    computed = sum(part.hidden.shape[:2].numel() for part in activations._bare + activations._other)
     assert nodes(rows) < computed <= 1.5 * (nodes(bare) + nodes(rows - bare))
     assert computed < sum(map(len, rows))
 
 
-def test_a_walk_leaves_no_hook_and_no_gradient(stack, tiny_tokenizer):
+def test_a_pass_leaves_no_hook_and_no_gradient(stack, tiny_tokenizer):
     activations = ActivationsPass(stack, tiny_tokenizer, REQUESTS, TEMPLATES, 2048)
     assert not activations.compute_ks(1).requires_grad
     assert not activations.outputs(3).requires_grad

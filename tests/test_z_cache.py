@@ -131,6 +131,26 @@ def test_nothing_stale_is_used(change: dict[str, Any], space: Any, computed: lis
     assert computed == [3, 3]
 
 
+@pytest.mark.parametrize("what", ["room", "threads", "attention"])
+def test_what_rounding_depends_on_has_its_own(
+    what: str, space: Any, computed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokens of a micro-batch as they were chosen, though none were asked for; threads; attention."""
+    monkeypatch.setattr("sphere.values.compute_z.gradient_tokens", lambda *_: 512)
+    space().compute_z(REQUESTS)
+    space().compute_z(REQUESTS)
+    assert computed == [3]
+    model = tiny_llama()
+    if what == "room":
+        monkeypatch.setattr("sphere.values.compute_z.gradient_tokens", lambda *_: 64)
+    elif what == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
+    else:
+        model.set_attn_implementation("eager")
+    space(model).compute_z(REQUESTS)
+    assert computed == [3, 3]
+
+
 @pytest.mark.parametrize(
     "requests",
     [

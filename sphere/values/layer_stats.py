@@ -63,7 +63,7 @@ def layer_stats(
     Returns:
         layer -> (in x in) float64 on `device`, and the number of tokens.
     """
-    sums: dict[int, _Sum] = {}
+    sums: dict[int, SymmetricSum] = {}
     waiting: dict[int, list[Tensor]] = {}  # layer -> keys, (tokens x in) each
     count = waiting_tokens = 0
 
@@ -71,7 +71,7 @@ def layer_stats(
         for layer, parts in waiting.items():
             keys = torch.cat(parts) if len(parts) > 1 else parts[0]
             if layer not in sums:
-                sums[layer] = _Sum(keys.shape[1], device or keys.device)
+                sums[layer] = SymmetricSum(keys.shape[1], device or keys.device)
             sums[layer].add(keys)
         waiting.clear()
 
@@ -95,7 +95,7 @@ def layer_stats(
     return {layer: total.whole().div_(count) for layer, total in sums.items()}, count
 
 
-class _Sum:
+class SymmetricSum:
     """Sum of k k^T (in x in) in float64: only its lower triangle is computed, a strip of rows at a time.
 
     Args:
@@ -233,7 +233,7 @@ class SecondMoments:
 
     def use(self, digest: str) -> bool:
         """Take the moments with this digest, on whatever machine they were computed; False where there are none."""
-        names = {layer: self.path(layer).name for layer in self.hparams.layers}
+        names = {layer: self._file_name(layer) for layer in self.hparams.layers}
         for folder in sorted(path for path in self.folder.glob("*") if path.is_dir()):
             parts = {layer: _digest_in(folder / name) for layer, name in names.items()}
             if None in parts.values() or _combined(parts) != digest:
@@ -248,9 +248,11 @@ class SecondMoments:
     def path(self, layer: int) -> Path:
         """Where a layer's second moment is kept."""
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
-        module = self.hparams.rewrite_module_tmp.format(layer)
         source = Path(self.hparams.mom2_dataset).stem
-        return self.folder / f"{source}_{self.hparams.mom2_n_samples}_{digest}" / f"{module}.safetensors"
+        return self.folder / f"{source}_{self.hparams.mom2_n_samples}_{digest}" / self._file_name(layer)
+
+    def _file_name(self, layer: int) -> str:
+        return f"{self.hparams.rewrite_module_tmp.format(layer)}.safetensors"
 
     def _load_or_compute(self) -> None:
         missing = self._load()
