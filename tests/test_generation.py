@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -293,7 +294,7 @@ def test_flags(flags, interval, monkeypatch, tmp_path):
     found = []
 
     def evaluate_run(*args, generation_interval, **options):
-        found.append((generation_interval, options["data_dir"], options["seed"], options["dataset"]))
+        found.append((generation_interval, Path(options["data_dir"]), options["seed"], options["dataset"]))
         return {}
 
     run = SimpleNamespace(
