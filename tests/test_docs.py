@@ -33,10 +33,6 @@ SOURCE = re.compile(
 # Flags of other programs that the pages name.
 FOREIGN = {"no", "nproc_per_node", "launcher"}
 
-NEEDS_COMMANDS = pytest.mark.skipif(
-    not (ROOT / "sphere" / "commands" / "edit.py").exists(), reason="the command `sphere` is not there yet"
-)
-
 
 def page_id(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
@@ -99,7 +95,6 @@ def test_links_lead_somewhere(page: Path):
             assert path.is_relative_to(DOCS), f"{page_id(page)} links to {link}, which is not built"
 
 
-@NEEDS_COMMANDS
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_commands_exist(page: Path):
     text = page.read_text("utf-8")
@@ -118,7 +113,6 @@ def test_commands_exist(page: Path):
         assert (ROOT / "sphere" / "commands" / f"{name}.py").exists(), f"{page_id(page)} names sphere {name}"
 
 
-@NEEDS_COMMANDS
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_flags_exist(page: Path):
     unknown = set(FLAG.findall(page.read_text("utf-8"))) - known_flags() - FOREIGN
