@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import GPT2_MODULES, REQUESTS, tiny_hparams
 from tiny_run import TinyRun, records
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel
 
 from sphere import Editor, EditRequest, SphereError
 from sphere.methods import get_method
@@ -68,6 +68,13 @@ def test_the_last_position_may_be_used(tiny_tokenizer):
 def test_characters_of_many_bytes_are_counted_as_tokens(tiny_tokenizer):
     with pytest.raises(SphereError, match="68 tokens"):
         check_lengths(short_gpt2(), tiny_tokenizer, [CaseText(1, "text", "😀" * 17)])
+
+
+def test_a_model_without_a_limit_takes_anything(tiny_tokenizer):
+    model = short_gpt2()
+    model.config = BloomConfig()  # ALiBi: it has no positions
+    assert longest_sequence(model) is None
+    check_lengths(model, tiny_tokenizer, [CaseText(1, "text", "x" * 10_000)])
 
 
 def test_many_cases_are_counted(tiny_tokenizer):

@@ -1,7 +1,7 @@
 """Continuing rows of token ids, whatever generation defaults a model brings along.
 
 `generate` of transformers fills in whatever a call leaves open from the model's own generation_config.json: penalties,
-temperature, top_p, tokens that end a text. Here it knows nothing but what it is told. Knows models and token ids;
+temperature, top_p, tokens that end a text. Here its configuration alone decides. Knows models and token ids;
 knows nothing of texts.
 """
 

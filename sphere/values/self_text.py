@@ -23,11 +23,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from sphere.files import atomic_path
 from sphere.forward.generate import generate
+from sphere.resources import shipped
 from sphere.values.tokenization import padding_id
 
 log = logging.getLogger(__name__)
 
-SHIPPED = Path(__file__).parents[2] / "data" / "self_text"
+SHIPPED = shipped("data/self_text")
 N_TOKENS = 100  # of a document
 ROWS = 100  # documents sampled together: with the seed, they decide the text
 
