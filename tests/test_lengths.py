@@ -14,7 +14,7 @@ from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel
 from sphere import Editor, EditRequest, SphereError
 from sphere.methods import get_method
 from sphere.runs.run import execute
-from sphere.values.lengths import CaseText, check_lengths, edited_texts
+from sphere.values.lengths import CaseText, check_lengths, edited_texts, longest_sequence
 
 TEMPLATES = (("{}",), ("So it was said. {}",))
 LONG = "In a land far away, where it never rains and hardly ever snows, {} is"
