@@ -21,7 +21,7 @@ from sphere.resources import find, places
 
 log = logging.getLogger(__name__)
 
-H = TypeVar("H", bound="ModuleHParams")
+H = TypeVar("H")
 
 # Keys that other projects write for the reader and that decide nothing.
 INFORMATIONAL = ("model_name", "alg_name")
@@ -168,8 +168,12 @@ def _no_file(path: Path) -> SphereError:
 
 
 def hparams_from_dict(content: dict[str, Any], kind: type[H]) -> H:
-    """The checked hyperparameters of a plain dictionary (a file's content, a run's configuration)."""
-    fields = {f.name: f for f in dataclasses.fields(kind)}
+    """The checked hyperparameters of a plain dictionary (a file's content, a run's configuration).
+
+    Args:
+        kind: a dataclass whose fields are numbers, strings, true or false, lists of one of them, or null.
+    """
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     types_ = typing.get_type_hints(kind)
     problems, values = [], {}
     required = [

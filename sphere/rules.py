@@ -168,18 +168,20 @@ class LargestRelative:
     """RECT (Gu et al. 2024): keep the entries with the largest |Delta / (W + 1e-8)|, zero the others.
 
     Attributes:
-        share: part of the entries that is kept, per matrix.
+        fraction: of the entries that is kept, per matrix.
     """
 
-    share: float
+    fraction: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise SphereError(f"The share of entries that RECT keeps must be in (0, 1], got {self.share}.")
+        if not 0 < self.fraction <= 1:
+            raise SphereError(
+                f"The fraction of entries that RECT keeps must be in (0, 1], got {self.fraction}."
+            )
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
         relative = (delta / (weight + 1e-8).to(delta)).abs()  # out x in
-        drop = int((1 - self.share) * relative.numel())
+        drop = int((1 - self.fraction) * relative.numel())
         kept = delta
         if drop:  # zero what lies below the drop-th smallest; that one and its ties stay, as published
             threshold = relative.reshape(-1).kthvalue(drop).values

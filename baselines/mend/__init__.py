@@ -6,8 +6,10 @@
     train.py      the command: python -m baselines.mend.train (configuration: config.yaml)
     method.py     the trained editor as an editing method like any other
 
-The published code differentiates through edited models with `higher`, which no longer follows today's PyTorch.
-`torch.func` does it better: `vjp` gives the factors, `functional_call` the edited model, both without patching modules.
+The published code records factors with hooks of backward passes and differentiates through edited models with `higher`.
+Here `torch.func` does both without patching modules: `vjp` gives the factors, `functional_call` the edited model.
+`higher` still runs on today's PyTorch, and tests/test_mend.py compares with it on GPT-2; it cannot copy models that slice
+their list of layers, as transformers' Llama does.
 """
 
 from .method import MEND, MendHParams

@@ -111,7 +111,7 @@ def load_editor(path: Path, edited: EditedModel, model_label: str) -> MendEditor
     """
     if not path.exists():
         raise SphereError(
-            f"MEND has no trained editor at {path}: train one with `python -m baselines.mend.train "
+            f"MEND has no trained editor at {path}: train one with `python -m sphere.baselines.mend.train "
             f"model_name={model_label}` (a model in a folder: its path)."
         )
     editor = MendEditor.load(path)
@@ -119,7 +119,7 @@ def load_editor(path: Path, edited: EditedModel, model_label: str) -> MendEditor
     if editor.shapes != wanted:
         raise SphereError(
             f"The MEND editor at {path} was trained for weights (layer: out x in) {_show(editor.shapes)}, but the "
-            f"hyperparameters name {_show(wanted)}: train again with `python -m baselines.mend.train "
+            f"hyperparameters name {_show(wanted)}: train again with `python -m sphere.baselines.mend.train "
             f"model_name={model_label}`."
         )
     log.info("MEND editor: %s", path)

@@ -168,7 +168,7 @@ class MendEditor(nn.Module):
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SphereError(
                 f"{path} is not a trained MEND editor ({reason}): remove it and train again with "
-                "`python -m baselines.mend.train`."
+                "`python -m sphere.baselines.mend.train`."
             ) from error
         return editor
 

@@ -43,7 +43,7 @@ def configuration(overrides: list[str]) -> dict[str, Any]:
 def train(config: dict[str, Any]) -> Path:
     """Load the model and the records, train, save; returns the editor's file."""
     from sphere.data.records import load_records
-    from sphere.hparams import load_hparams
+    from sphere.hparams import hparams_from_dict, load_hparams
     from sphere.methods.edited_model import EditedModel
     from sphere.models import load_model, model_label
 
@@ -53,7 +53,12 @@ def train(config: dict[str, Any]) -> Path:
     label = model_label(config["model_name"])
     file = config["hparams_fname"] or f"{label}.json"
     hparams = load_hparams(Path(config["hparams_dir"]) / "MEND" / file, MendHParams)
-    settings = _settings(config["training"], TrainingSettings)
+    if not isinstance(config["training"], dict):
+        raise SphereError(f"'training' must be a section of the configuration, got {config['training']!r}.")
+    try:
+        settings = hparams_from_dict(config["training"], TrainingSettings)
+    except SphereError as error:
+        raise SphereError(f"In the section 'training' of the configuration: {error}") from error
     first, limit = config["first_record"], config["dataset_size_limit"]
     records = load_records(config["ds_name"], config["data_dir"], None if limit is None else first + limit)[
         first:
@@ -67,20 +72,6 @@ def train(config: dict[str, Any]) -> Path:
     about = {"configuration": config, "seconds": time.perf_counter() - start, "curve": trained.curve}
     trained.editor.save(path, about)
     return path
-
-
-def _settings(values: dict[str, Any], kind: type[Any]) -> Any:
-    """The training section as its dataclass; ill-typed values are named."""
-    checked = {}
-    for key, default in vars(kind()).items():
-        value = values.get(key, default)
-        fits = isinstance(value, int) or (isinstance(default, float) and isinstance(value, float))
-        if not fits or isinstance(value, bool):
-            raise SphereError(
-                f"training.{key} must be a {'whole ' if isinstance(default, int) else ''}number, got {value!r}."
-            )
-        checked[key] = type(default)(value)
-    return kind(**checked)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from sphere.data.records import Record
 from sphere.errors import SphereError
 from sphere.forward.layers import inference
+from sphere.hparams import require
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.teacher_forcing import TeacherForcing
 
@@ -63,9 +64,8 @@ class TrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("steps", "num_edits", "lr", "lr_lr", "grad_clip", "chunk_records", "neighbors"):
-            if not getattr(self, key) > 0:
-                raise SphereError(f"{key} must be positive, got {getattr(self, key)}.")
+        positive = ("steps", "num_edits", "lr", "lr_lr", "grad_clip", "chunk_records", "neighbors")
+        require(self, positive=positive, not_negative=("c_edit", "c_loc", "seed"))
 
 
 @dataclass
