@@ -8,8 +8,8 @@
 
 The published code records factors with hooks of backward passes and differentiates through edited models with `higher`.
 Here `torch.func` does both without patching modules: `vjp` gives the factors, `functional_call` the edited model.
-`higher` still runs on today's PyTorch, and tests/test_mend.py compares with it on GPT-2; it cannot copy models that slice
-their list of layers, as transformers' Llama does.
+`higher` still runs on today's PyTorch, and tests/test_mend.py compares with it on GPT-2; it cannot copy a model whose
+forward slices its list of layers, as transformers' Llama does.
 """
 
 from .method import MEND, MendHParams
