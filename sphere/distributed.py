@@ -150,11 +150,13 @@ def start(device: str = "auto", device_map: object = None) -> Processes:
         return Processes(device=device)
     if device_map is not None:
         raise SphereError(
-            "--device_map spreads one model over all devices, torchrun starts one model per process: use one of them."
+            "device_map spreads one model over all devices, torchrun starts one model per process: use one of them.",
+            argument="device_map",
         )
     if torch.device("cuda" if device == "auto" else device).index is not None:
         raise SphereError(
-            f"--device {device} would put every process on one device: give auto, cuda or cpu with torchrun."
+            f"Device {device} would be every process's own: give auto, cuda or cpu with torchrun.",
+            argument="device",
         )
     from accelerate import PartialState
 

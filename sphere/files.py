@@ -119,8 +119,8 @@ def _cannot_write(path: Path, error: Exception) -> SphereError:
     full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
     advice = "free some space" if full else "check the path and its permissions"
     return SphereError(
-        f"Cannot write {path}: {error}; {advice} or choose another folder with --output_dir or --data_dir (nothing was "
-        "left half-written)."
+        f"Cannot write {path}: {error}; {advice} or choose another folder; nothing was left half-written.",
+        argument=("output_dir", "data_dir"),
     )
 
 
@@ -136,7 +136,8 @@ def check_writable(folder: Path) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         reason = "it may not be written to" if there.is_dir() else "it is a file"
         raise SphereError(
-            f"Cannot write into {folder}, because of {there} ({reason}): choose another folder with --output_dir."
+            f"Cannot write into {folder}, because of {there} ({reason}): choose another folder.",
+            argument="output_dir",
         )
 
 

@@ -24,6 +24,10 @@ class EditRequest:
         subject: e.g. "Danielle Darrieux".
         target_new: the object to write, without or with its leading space, e.g. "English".
         target_true: the object that it replaces, where known (evaluation only).
+
+    Raises:
+        SphereError: a text that is blank or cannot be encoded, a prompt without one place for its subject, or a new
+            target that is the true one.
     """
 
     case_id: int
@@ -38,13 +42,13 @@ class EditRequest:
             raise SphereError(
                 f"The prompt of {where} must name its subject's place once as '{{}}', got {self.prompt!r}."
             )
-        if not self.subject.strip():
+        for name in ("prompt", "subject", "target_new", "target_true"):
+            if (text := getattr(self, name)) is not None:
+                check_text(text, f"'{name}' of {where}")
+        if self.target_true is not None and self.target_true.split() == self.target_new.split():
             raise SphereError(
-                f"The subject of {where} is empty: give the words that stand for '{{}}' in the prompt."
-            )
-        if not self.target_new.strip():
-            raise SphereError(
-                f"The new target of {where} is empty: give the text that should follow the prompt."
+                f"'target_new' and 'target_true' of {where} are the same text, {self.target_new.strip()!r}: an edit "
+                "could not succeed, give another new target."
             )
 
     @property
@@ -56,6 +60,26 @@ class EditRequest:
     def subject_end(self) -> int:
         """Number of characters of `text` up to the end of the subject."""
         return self.prompt.index("{}") + len(self.subject)
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse a text that stands for nothing or that no tokenizer takes.
+
+    Args:
+        name: what an error calls it.
+
+    Raises:
+        SphereError: it is blank, or holds a lone surrogate (JSON's "\\ud800"), which cannot be encoded.
+    """
+    if not text.strip():
+        raise SphereError(f"{name} is blank: give a text.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        wrong = f"U+{ord(text[error.start]):04X}"
+        raise SphereError(
+            f"{name} holds half of a surrogate pair, {wrong} at character {error.start}, no character: correct it."
+        ) from error
 
 
 def check_batch(requests: Sequence[EditRequest]) -> list[str]:

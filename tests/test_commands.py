@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +15,16 @@ import torch
 from tiny_run import METHODS, TinyRun, command, flags
 from transformers import PreTrainedTokenizerBase
 
+import sphere.commands.main
 from experiments import evaluate
 from scripts import evaluate_each_epoch
 from sphere.baselines.mend import train
 from sphere.checkpoints import read_weights
+from sphere.commands.common import config_of, with_flags
+from sphere.commands.main import COMMANDS
 from sphere.errors import SphereError
 from sphere.files import read_json
-from sphere.runs.config import RunConfig, command_of
+from sphere.runs.config import RunConfig, by_new_names, command_of, settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +43,60 @@ def test_every_setting_of_a_run_is_a_flag_with_the_same_default() -> None:
     assert {name: str(arguments[name]) for name in defaults} == {k: str(v) for k, v in defaults.items()}
 
 
+def test_flags_sweep_keys_and_commands_are_made_of_the_same_fields(tmp_path: Path) -> None:
+    """A field with its type, default, choices and old names: as a flag, as a sweep's key and in run.json's command."""
+    from sphere.commands.sweep_job import job_of, schema
+
+    actions = {action.dest: action for action in evaluate.parser()._actions}
+    keys = {field.name: field for field in dataclasses.fields(schema())}
+    sweep = {"sweep_dir": str(tmp_path), "generation_interval": 0, "devices": []}
+    for name, setting in settings().items():
+        assert actions[name].default == setting.default
+        assert (actions[name].choices or ()) == setting.choices
+        assert actions[name].option_strings == [f"--{spelled}" for spelled in (name, *setting.old_names)]
+        if name in ("output_dir", "continue_from_run", "overwrite"):  # a sweep decides these itself
+            assert name not in keys
+            continue
+        assert keys[name].default == setting.default
+        assert all(keys[old].default is None for old in setting.old_names)
+        other = {bool: True, int: 7, float: 0.25, str: (setting.choices or ("z",))[-1]}[setting.kind]
+        config = RunConfig(**{name: other})
+        words = shlex.split(command_of(dataclasses.asdict(config)))
+        assert words[4:] == [f"--{name}" if other is True else f"--{name}={other}"]
+        assert config_of(evaluate.parser().parse_args(words[4:])) == config
+        assert getattr(job_of(sweep | {name: other}).config, name) == other
+
+
+@pytest.mark.parametrize("value", ["model", "bfloat16"])
+def test_the_old_name_of_a_setting_still_counts(value: str) -> None:
+    """As a flag, as a key of a sweep, and in run.json and job.json."""
+    from sphere.commands.sweep_job import job_of
+
+    assert config_of(evaluate.parser().parse_args([f"--z_products={value}"])).z_matmul_dtype == value
+    sweep = {"sweep_dir": "x", "generation_interval": 0, "devices": [], "z_matmul_dtype": "model"}
+    assert job_of(sweep | {"z_products": value}).config.z_matmul_dtype == value
+    assert job_of(sweep | {"z_products": None}).config.z_matmul_dtype == "model"
+    assert by_new_names({"z_products": value, "seed": 3}) == {"z_matmul_dtype": value, "seed": 3}
+    assert command_of({"z_products": "bfloat16"}).endswith("sphere edit --z_matmul_dtype=bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("settings_", "says"),
+    [
+        ({"num_edits": 0}, "num_edits must be at least 1, got 0"),
+        ({"dataset_size_limit": -1}, "dataset_size_limit must be at least 1, got -1"),
+        ({"ds_name": "foo"}, "ds_name is one of starter, cf, mcf, zsre, got 'foo'"),
+        ({"z_matmul_dtype": "int8"}, "z_matmul_dtype is one of model, bfloat16, got 'int8'"),
+        ({"on_breakdown": "go"}, "on_breakdown is one of stop, continue, got 'go'"),
+    ],
+)
+def test_what_a_flag_refuses_a_configuration_refuses_too(settings_: dict[str, Any], says: str) -> None:
+    with pytest.raises(SphereError, match=says) as error:
+        RunConfig(**settings_).check()
+    assert error.value.arguments == tuple(settings_)
+    assert "--" not in str(error.value)
+
+
 @pytest.mark.parametrize("module", [evaluate, evaluate_each_epoch])
 def test_every_flag_is_explained(module: Any) -> None:
     parser = module.parser()
@@ -51,17 +109,50 @@ def test_every_flag_is_explained(module: Any) -> None:
     assert max(map(len, help_text.splitlines())) <= 120
 
 
-@pytest.mark.parametrize("module", ["experiments.evaluate", "scripts.evaluate_each_epoch"])
-def test_help_does_not_wait_for_pytorch(module: str) -> None:
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        *[("experiments.evaluate", []), ("scripts.evaluate_each_epoch", []), ("scripts.report", [])],
+        *[("experiments.sweep", []), ("sphere", [])],
+        *[("sphere", [name]) for name in COMMANDS],
+    ],
+)
+def test_help_does_not_wait_for_pytorch(module: str, words: list[str]) -> None:
     code = (
-        "import runpy, sys; sys.argv = ['x', '--help']\n"
-        "try: runpy.run_module(%r, run_name='__main__')\n"
+        f"import runpy, sys; sys.argv = {['x', *words, '--help']}\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__')\n"
         "except SystemExit as stopped: assert not stopped.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    run = subprocess.run([sys.executable, "-c", code % module], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith("usage: ")
+    assert (f"sphere {words[0]} " if words else module.rpartition(".")[0]) in run.stdout
+
+
+def test_doors_and_subcommands_are_the_same_code() -> None:
+    from experiments import sweep as sweep_door
+    from scripts import report as report_door
+    from sphere.commands import edit, report, score, sweep
+
+    assert (evaluate.main, evaluate_each_epoch.main) == (edit.main, score.main)
+    assert (sweep_door.main, report_door.main) == (sweep.main, report.main)
+
+
+def test_a_command_that_there_is_not(monkeypatch: pytest.MonkeyPatch, capsys: Streams) -> None:
+    code, out, err = command(sphere.commands.main.main, ["edt"], monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert err == f"error: no command 'edt': use one of {', '.join(COMMANDS)}; see --help.\n"
+
+
+def test_methods_and_plan_print_what_the_flags_of_edit_print(
+    tiny: TinyRun, monkeypatch: pytest.MonkeyPatch, capsys: Streams
+) -> None:
+    for name, flag in (("methods", "--list_methods"), ("plan", "--dry_run")):
+        words = tiny.flags() if name == "plan" else [f"--hparams_dir={tiny.folder / 'hparams'}"]
+        code, out, _ = command(sphere.commands.main.main, [name, *words], monkeypatch, capsys)
+        by_flag, other, _ = command(evaluate.main, [flag, *words], monkeypatch, capsys)
+        assert code == by_flag == 0
+        assert out.splitlines()[:9] == other.splitlines()[:9]  # a plan ends with speeds as it measured them
 
 
 def test_methods_are_listed_with_reference_and_defaults(
@@ -151,6 +242,13 @@ def test_a_run_knows_the_command_that_makes_it_again(tiny: TinyRun) -> None:
 # ---- errors ----
 
 
+def caused(message: str, argument: str) -> SphereError:
+    """An error that says where another one came from."""
+    error = SphereError(message)
+    error.__cause__ = SphereError("It is.", argument=argument)
+    return error
+
+
 class OutOfMemoryError(RuntimeError):
     """Named as PyTorch's."""
 
@@ -159,6 +257,9 @@ class OutOfMemoryError(RuntimeError):
     ("error", "code", "says"),
     [
         (SphereError("It\nis\n  so."), 2, "error: It is so."),
+        (SphereError("It is 3.", argument="seed"), 2, "error: It is 3 (--seed)."),
+        (SphereError("It is.", argument=("seed", "alpha")), 2, "error: It is (--seed, --alpha)."),
+        (caused("In a file: it is.", "alpha"), 2, "error: In a file: it is (--alpha)."),
         (
             FileNotFoundError(2, "No such file", "a.txt"),
             2,
@@ -183,6 +284,10 @@ def test_errors_are_one_sentence(
     assert (found, out) == (code, "")
     assert err.strip().startswith(says)
     assert len(err.strip().splitlines()) == 1
+
+
+def test_a_command_line_of_keys_spells_them_as_keys() -> None:
+    assert with_flags(SphereError("It is 3.", argument="seed"), "{}=") == "It is 3 (seed=)."
 
 
 def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Streams) -> None:

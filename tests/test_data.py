@@ -15,6 +15,7 @@ import pytest
 from sphere.data import records as data
 from sphere.data.records import load_records
 from sphere.errors import SphereError
+from sphere.requests import EditRequest
 from sphere.resources import shipped
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -107,12 +108,29 @@ def test_starter_is_found_beside_the_package(tmp_path):
         (["requested_rewrite"], ..., "'requested_rewrite' is missing"),
         (["requested_rewrite"], [], "'requested_rewrite' should be one object"),
         (["requested_rewrite", "subject"], ..., "'subject' is missing"),
-        (["requested_rewrite", "subject"], " ", "subject of case 7 is empty"),
+        (["requested_rewrite", "subject"], " ", "'subject' is blank"),
         (["requested_rewrite", "prompt"], "The mother tongue is", "'prompt' has no '{}'"),
         (["requested_rewrite", "prompt"], "{} and {} are", "once as '{}'"),
-        (["requested_rewrite", "target_new", "str"], None, "'str' should be a text"),
-        (["requested_rewrite", "target_new", "str"], "", "new target of case 7 is empty"),
+        (["requested_rewrite", "target_new", "str"], None, "'target_new.str' should be a text"),
+        (["requested_rewrite", "target_new", "str"], "", "'target_new.str' is blank"),
         (["requested_rewrite", "target_true"], ..., "'target_true' is missing"),
+        (["requested_rewrite", "target_true", "str"], " ", "'target_true.str' is blank"),
+        (["requested_rewrite", "target_true", "str"], " English\n", "are the same text, 'English'"),
+        (["requested_rewrite", "target_new", "str"], "  French", "are the same text, 'French'"),
+        (
+            ["requested_rewrite", "target_new", "str"],
+            "a\ud800",
+            "'target_new.str' holds half of a surrogate pair",
+        ),
+        (["requested_rewrite", "target_new", "id"], 5, "'target_new.id' should be a text"),
+        (["requested_rewrite", "relation_id"], ["P1"], "'relation_id' should be a text"),
+        (["requested_rewrite", "prompt"], "{} \udfff", "'prompt' holds half of a surrogate pair, U+DFFF at"),
+        (["requested_rewrite", "subject"], "\udc80", "'subject' holds half of a surrogate pair"),
+        (["paraphrase_prompts"], ["a", "b\ud83d"], "'paraphrase_prompts'[1] holds half of a surrogate pair"),
+        (["neighborhood_prompts"], ["\ude00 is"], "'neighborhood_prompts'[0] holds half of a surrogate pair"),
+        (["attribute_prompts"], ["\ude00 is"], "'attribute_prompts'[0] holds half of a surrogate pair"),
+        (["generation_prompts"], ["\ude00 is"], "'generation_prompts'[0] holds half of a surrogate pair"),
+        (["generation_prompts"], ["\n"], "'generation_prompts' should be a list of non-empty texts"),
         (["paraphrase_prompts"], "text", "'paraphrase_prompts' should be a list"),
         (["neighborhood_prompts"], [1], "'neighborhood_prompts' should be a list of non-empty texts"),
     ],
@@ -130,6 +148,15 @@ def test_bad_counterfact_record(tmp_path, path, value, message):
     [
         ("subject", "Bee", "its subject 'Bee' is not in 'src'"),
         ("answers", [], "'answers' should be a list"),
+        ("answers", [" "], "'answers' should be a list of non-empty texts"),
+        ("answers", ["six \ud800"], "'answers'[0] holds half of a surrogate pair"),
+        ("src", "What is the Ant? \udc00", "'src' holds half of a surrogate pair"),
+        ("subject", " ", "'subject' is blank"),
+        ("rephrase", "\t", "'rephrase' is blank"),
+        ("rephrase", "\ud800?", "'rephrase' holds half of a surrogate pair"),
+        ("loc_ans", "", "'loc_ans' is blank"),
+        ("loc_ans", "\ud800", "'loc_ans' holds half of a surrogate pair"),
+        ("loc", "nq question: \ud800", "'loc' holds half of a surrogate pair"),
         ("loc", "who sang it", "'loc' should begin with"),
         ("loc_ans", ..., "'loc_ans' is missing"),
     ],
@@ -139,6 +166,26 @@ def test_bad_zsre_record(tmp_path, key, value, message):
     with pytest.raises(SphereError, match=r"Record 1 of .*zsre_mend_eval.json") as error:
         load_records("zsre", tmp_path)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (("{} is", "Ann", "Rome", " "), "'target_true' of case 3 is blank"),
+        (("{} is", "Ann", " New  York", "New York "), "of case 3 are the same text, 'New  York'"),
+        (("{} is", "Ann", "\ud800", None), "'target_new' of case 3 holds half of a surrogate pair"),
+    ],
+)
+def test_a_request_made_by_hand_is_checked_too(fields, message):
+    with pytest.raises(SphereError) as error:
+        EditRequest(3, *fields)
+    assert message in str(error.value)
+
+
+def test_a_pair_of_surrogates_is_a_character(tmp_path):
+    entry = changed(COUNTERFACT, ["requested_rewrite", "target_new", "str"], "\U0001f600")
+    assert "\\ud83d\\ude00" in (write(tmp_path, "cf", [entry]) / "counterfact.json").read_text()
+    assert load_records("cf", tmp_path)[0].request.target_new == "\U0001f600"
 
 
 @pytest.mark.parametrize(

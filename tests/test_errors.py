@@ -111,6 +111,11 @@ def one_record(**changes: Any) -> list[dict[str, Any]]:
         ({"dtype": "int8"}, "Unknown dtype 'int8'.*float32, bfloat16"),
         ({"device": "cuda:99"}, "Device 'cuda:99' is not available.*use auto or cpu .--device"),
         ({"device": "gpu"}, "Device 'gpu' is not available"),
+        (
+            {"device": "mps"},
+            r"Device 'mps' is not available here \(it has no float64.*use auto or cpu .--device",
+        ),
+        ({"device": "meta"}, "Device 'meta' is not available"),
         ({"device_map": "foo"}, "device_map"),
         ({"num_edits": 0}, "argument --num_edits: .*at least 1, got '0'"),
         ({"batch_tokens": 0}, "argument --batch_tokens: .*at least 1, got '0'"),
@@ -135,6 +140,16 @@ def one_record(**changes: Any) -> list[dict[str, Any]]:
 )
 def test_flags(settings: dict[str, Any], says: str, refused: Refuse) -> None:
     assert re.search(says, refused(**settings))
+
+
+@pytest.mark.parametrize(
+    "device", ["mps", "mps:0", "xpu", "hpu", "vulkan", "meta", "xla", "privateuseone", "x" * 9]
+)
+def test_a_device_that_cannot_be_used_is_one_short_sentence(device: str, refused: Refuse) -> None:
+    """PyTorch's own message lists every backend that it was ever built for."""
+    said = refused(device=device)
+    assert said.startswith(f"error: Device '{device}' is not available here (")
+    assert len(said) < 200
 
 
 def test_run_that_is_there(refused: Refuse) -> None:
@@ -177,11 +192,11 @@ def test_continue_with_other_hparams_or_facts(tiny: TinyRun, refused: Refuse) ->
         (one_record(subject=None), "Record 0 of .*the key 'subject' is missing"),
         (one_record(case_id="a"), "'case_id' should be a whole number, got 'a'"),
         (one_record(paraphrase_prompts="a"), "'paraphrase_prompts' should be a list, got 'a'"),
-        (one_record(target_new={"str": 5}), "'str' should be a text, got 5"),
+        (one_record(target_new={"str": 5}), "'target_new.str' should be a text, got 5"),
         (one_record(prompt="It is in"), r"'prompt' has no '\{\}' for the subject: 'It is in'"),
         (one_record(prompt="{} and {}"), "name its subject's place once"),
-        (one_record(subject=" "), "The subject of case 0 is empty"),
-        (one_record(target_new={"str": ""}), "The new target of case 0 is empty"),
+        (one_record(subject=" "), "'subject' is blank"),
+        (one_record(target_new={"str": ""}), "'target_new.str' is blank"),
         (one_record() + one_record(), "share the case_id 0"),
     ],
 )

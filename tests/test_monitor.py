@@ -216,7 +216,7 @@ def test_tensorboard_events_are_the_log(run_of, monkeypatch):
 
 def test_tensorboard_missing_is_one_sentence(run_of, monkeypatch):
     monkeypatch.setattr(sphere.runs.monitor.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SphereError, match="--tensorboard needs tensorboard: run `pip install"):
+    with pytest.raises(SphereError, match="needs the package tensorboard: run `pip install"):
         run_of(tensorboard=True)
 
 

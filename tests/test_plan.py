@@ -215,7 +215,8 @@ def test_dry_run_prints_the_plan_and_does_nothing_else(qwen, capsys, tmp_path, m
     ("settings", "message"),
     [
         ({"model_name": "./nowhere", "hparams_fname": "Qwen2.5-7B.json"}, "No model at"),
-        ({"device": "toaster"}, "Unknown device"),
+        ({"device": "toaster"}, "Device 'toaster' is not available"),
+        ({"device": "mps"}, "it has no float64"),
         ({"hparams_fname": "gpt2-xl.json"}, "no module"),
         ({"num_edits": 0}, "num_edits"),
         ({"beta_hse": 2.0}, "beta_hse"),

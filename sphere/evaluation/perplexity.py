@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from sphere.errors import SphereError
 from sphere.forward.packing import Scored
 from sphere.forward.scorer import PackedScorer
+from sphere.resources import find
 from sphere.values.tokenization import encode
 
 TEXT_NAME = "fixed_text.txt"
@@ -30,7 +31,7 @@ def read_paragraphs(path: str | Path) -> list[str]:
         SphereError: no such file, or nothing in it.
     """
     try:
-        text = Path(path).read_text("utf-8")
+        text = find(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SphereError(f"Cannot read the text {path} ({error}): check the path.") from error
     paragraphs = [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]

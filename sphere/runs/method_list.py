@@ -12,6 +12,7 @@ from typing import Any
 from sphere.hparams import load_hparams
 from sphere.methods import Method, available_methods
 from sphere.models import DEFAULT_MODEL
+from sphere.resources import find
 from sphere.runs.config import RunConfig
 
 WIDTH = 110
@@ -34,7 +35,7 @@ def describe_methods(hparams_dir: str | Path = "hparams") -> str:
 
 
 def _describe(method: type[Method], hparams_dir: Path) -> str:
-    folder = hparams_dir / method.name
+    folder = find(hparams_dir / method.name)
     models = sorted(path.stem for path in folder.glob("*.json"))
     lines = [
         ("reference", method.reference),

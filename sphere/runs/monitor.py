@@ -55,8 +55,9 @@ class Monitor:
         for name, energy in self.reference_energy.items():
             if energy == 0:
                 raise SphereError(
-                    f"'{name}' has fewer than two non-zero rows and so no hyperspherical energy: give "
-                    "--log_energy_every=0."
+                    f"'{name}' has fewer than two non-zero rows and so no hyperspherical energy: log "
+                    "none, with log_energy_every 0.",
+                    argument="log_energy_every",
                 )
 
     def due(self, batch: int) -> bool:
@@ -119,4 +120,7 @@ class TensorBoardWriter:
 def check_tensorboard() -> None:
     """Raise a SphereError unless tensorboard can be imported."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise SphereError("--tensorboard needs tensorboard: run `pip install -r requirements-extra.txt`.")
+        raise SphereError(
+            "The TensorBoard log needs the package tensorboard: run `pip install tensorboard`.",
+            argument="tensorboard",
+        )
