@@ -78,11 +78,7 @@ def evaluate_run(
         processes: among which the cases are shared out; the main one writes the files.
 
     Returns:
-        The content of summary.json: {"folder", "model", "dtype", "dataset", "seed", "generation_interval", "units",
-        "notes" (in words: what could not be verified of the model, which cases are generated, and where the texts they
-        are compared with come from), "run" (its configuration), "checkpoints": one row each, the unedited model first:
-        {"label", "checkpoint" (file name), "n_edits", "metrics" (`summarise`), "retention" (by thirds of the order of
-        editing), "unedited" (the unedited model on the same cases)}}.
+        The content of summary.json: see `_summary` and docs/formats/summary.md.
 
     Raises:
         SphereError: no checkpoints, checkpoints of another model, or a dataset without the facts that were edited.
@@ -90,11 +86,9 @@ def evaluate_run(
     folder, processes, passes = Path(folder), processes or Processes(), passes or PassOptions()
     list_checkpoints(folder)  # a wrong folder is reported before anything is locked
     with processes.together(), locked(folder, processes):
-        n_edits = list_checkpoints(folder)[-1].n_edits
-        if not n_edits:
-            raise SphereError(f"The run in {folder} has no edits yet, only the original weights: edit first.")
-        config = read_config(folder)
-        edited = edited_records(records, n_edits, config, folder, ds_name)
+        edited = edited_records(
+            records, list_checkpoints(folder)[-1].n_edits, read_config(folder), folder, ds_name
+        )
         states = RunStates(model, tokenizer, folder)
         generator = CaseGenerator(
             model,
@@ -107,25 +101,45 @@ def evaluate_run(
             passes=passes,
             processes=processes,
         )
-        scoring = _Scoring(
-            RecordScorer(model, tokenizer, passes), generator, edited, folder / FOLDER, progress, processes
-        )
+        scorer = RecordScorer(model, tokenizer, passes)
+        scoring = _Scoring(scorer, generator, edited, folder / FOLDER, progress, processes)
         with states.temporarily(passes.offload_device):
             rows = _rows(scoring, states, seed)
-        summary = {
-            "folder": str(folder),
-            "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
-            "dtype": str(model.dtype),
-            "dataset": ds_name or config.get("ds_name"),
-            "seed": seed,
-            "generation_interval": max(generation_interval, 0),
-            "units": UNITS,
-            "notes": ({"model": states.note} if states.note else {}) | generator.notes,
-            "run": {key: value for key, value in config.items() if key != "case_ids"},
-            "checkpoints": rows,
-        }
+        summary = _summary(model, folder, states, generator, rows, ds_name)
         processes.on_main(lambda: write_json(folder / FOLDER / SUMMARY_NAME, summary))
     return summary
+
+
+def _summary(
+    model: Any,
+    folder: Path,
+    states: RunStates,
+    generator: CaseGenerator,
+    rows: Sequence[Mapping[str, Any]],
+    ds_name: str | None,
+) -> dict[str, Any]:
+    """What summary.json holds.
+
+    Returns:
+        {"folder", "model", "dtype", "dataset", "seed", "generation_interval", "units", "notes" (in words: what could
+        not be verified of the model, which cases are generated, and where the texts they are compared with come from),
+        "run" (its configuration), "checkpoints": one row each, the unedited model first: {"label", "checkpoint" (file
+        name), "n_edits", "metrics" (`summarise`), "retention" (by thirds of the order of editing), "unedited" (the
+        unedited model on the same cases)}}.
+    """
+    config = read_config(folder)
+    return {
+        "folder": str(folder),
+        "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
+        "dtype": str(model.dtype),
+        "dataset": ds_name or config.get("ds_name"),
+        "seed": generator.seed,
+        "generation_interval": generator.interval,
+        "units": UNITS,
+        "notes": ({"model": states.note} if states.note else {}) | generator.notes,
+        "run": {key: value for key, value in config.items() if key != "case_ids"},
+        "checkpoints": rows,
+    }
 
 
 def edited_records(
@@ -138,12 +152,14 @@ def edited_records(
     """The records of the first `n_edits` edits of a run, in the order of editing.
 
     Raises:
-        SphereError: the dataset is another one, or shorter than the number of edits.
+        SphereError: there are no edits, or the dataset is another one or shorter than their number.
     """
+    if not n_edits:
+        raise SphereError(f"The run in {folder} has no edits yet, only the original weights: edit first.")
     if ds_name and config.get("ds_name", ds_name) != ds_name:
         raise SphereError(
-            f"The run in {folder} edited the dataset '{config['ds_name']}', not '{ds_name}': "
-            f"give --ds_name={config['ds_name']}."
+            f"The run in {folder} edited the dataset '{config['ds_name']}', not '{ds_name}': give that one.",
+            argument="ds_name",
         )
     case_ids = config.get("case_ids")
     if case_ids is None:

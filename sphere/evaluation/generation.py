@@ -182,7 +182,7 @@ class CaseGenerator:
         processes: Processes | None = None,
     ) -> None:
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.passes = passes or PassOptions()
+        self.interval, self.passes = max(interval, 0), passes or PassOptions()
         self.notes: dict[str, str] = {}
         asked = list(cases[::interval]) if interval > 0 else []
         chosen = [record for record in asked if record.generation_prompts]
