@@ -57,7 +57,8 @@ class Harness:
     ) -> None:
         if importlib.util.find_spec("lm_eval") is None:
             raise SphereError(
-                "--lm_eval_tasks needs lm-evaluation-harness: run `pip install -r requirements-extra.txt`."
+                "lm-evaluation-harness is not installed: run `pip install -r requirements-extra.txt`.",
+                argument="lm_eval_tasks",
             )
         self.tasks = list(dict.fromkeys(tasks))
         self.data_dir = Path(data_dir).resolve()
@@ -212,7 +213,9 @@ def _check_data(task: Path, data_dir: Path) -> None:
     for path in _data_files(task, data_dir):
         if not path.is_file():
             raise SphereError(
-                f"No task data at {path}, which {task.stem} reads: put the published file there or correct --data_dir."
+                f"No task data at {path}, which {task.stem} reads: put the published file there or give the "
+                "folder that holds task-data.",
+                argument="data_dir",
             )
 
 

@@ -82,7 +82,8 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
     except FileNotFoundError as error:
         raise SphereError(
             f"No task data at {path}: put the published file {path.name} there (RECT's data, folder task-data) or "
-            "give --data_dir the folder that holds task-data."
+            "give the folder that holds task-data.",
+            argument="data_dir",
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise SphereError(f"Cannot read the task data {path}: {error}.") from error

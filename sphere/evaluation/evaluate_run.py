@@ -170,7 +170,8 @@ def edited_records(
     if len(found) < n_edits:
         raise SphereError(
             f"The run in {folder} made {n_edits} edits, of which the dataset holds only {len(found)} (it has "
-            f"{len(records)} records): raise --dataset_size_limit or give the dataset that was edited."
+            f"{len(records)} records): give all records of the dataset that was edited.",
+            argument=("dataset_size_limit", "ds_name"),
         )
     return found
 
