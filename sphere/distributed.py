@@ -155,7 +155,7 @@ def start(device: str = "auto", device_map: object = None) -> Processes:
         )
     if torch.device("cuda" if device == "auto" else device).index is not None:
         raise SphereError(
-            f"Device {device} would be every process's own: give auto, cuda or cpu with torchrun.",
+            f"Device {device} would put every process on one device: give auto, cuda or cpu with torchrun.",
             argument="device",
         )
     from accelerate import PartialState
