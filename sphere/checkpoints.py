@@ -27,17 +27,14 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 from sphere.files import atomic_path, read_json, write_json
+from sphere.renamed import by_new_names
 
 CONFIG_NAME = "run.json"
 RESUME_NAME = "resume.safetensors"
 RESUME_PART = re.compile(r"resume_\d+\.safetensors")
-REPLACED = (
-    "replaced"  # in run.json while a run begins: files of the run before it, which go (`sphere.runs.folder`)
-)
+# In run.json while a run begins: files of the run before it, which go (`sphere.runs.folder`).
+REPLACED = "replaced"
 CHECKPOINT = re.compile(r"edit_(\d+)(\.safetensors|\.pth)?")
-RENAMED = {
-    "z_products": "z_matmul_dtype"
-}  # keys of run.json: as earlier versions wrote them, as they are today
 MOST_PARTS = 32  # then they are written anew as one
 
 
@@ -141,10 +138,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     config: Any = read_json(path, "run configuration") if path.exists() else {}
     if not isinstance(config, dict):
         raise SphereError(f"The run configuration {path} is not a JSON object: no run of ours wrote it.")
-    for old, new in RENAMED.items():
-        if old in config:
-            config[new] = config.pop(old)
-    return config
+    return by_new_names(config)
 
 
 def write_resume(

@@ -24,6 +24,7 @@ from sphere.runs.config import RunConfig, Setting, settings
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 WIDTH = 112  # of help texts, where the terminal is wide enough or unknown
 
@@ -168,11 +169,15 @@ def run_cli(main: Callable[[list[str] | None], int | None], spelled: str = "--{}
     _end_at_a_second_interrupt()
     try:
         code = main(None)
+        sys.stdout.flush()
     except SphereError as error:
         code = _complain(with_flags(error, spelled))
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         code = EXIT_INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, `head` for example, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_BROKEN_PIPE
     except OSError as error:
         code = _complain(_os_sentence(error))
     except RuntimeError as error:

@@ -15,7 +15,8 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from sphere.runs.config import RunConfig, by_new_names, settings
+from sphere.renamed import by_new_names
+from sphere.runs.config import RunConfig, settings
 from sphere.runs.sweep import Job, run_job
 
 ALONE = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # one job after the other

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from sphere.data.records import FILES
 from sphere.errors import SphereError
+from sphere.renamed import RENAMED, by_new_names
 from sphere.resources import DEFAULT_MODEL, find
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
     """A field of `RunConfig`: its default, the group of flags that it stands in, and what it means.
 
     Args:
-        more: `choices` (the values that it may have), `at_least` (its smallest number), `old_names` (by which flags,
-            sweeps and files of earlier runs call it).
+        more: `choices` (the values that it may have), `at_least` (its smallest number).
     """
     return field(default=default, metadata={"group": group, "help": help, **more})
 
@@ -110,7 +110,6 @@ class RunConfig:
         "the type in which the layers above z multiply while z is sought; its state stays in float32. bfloat16 is "
         "faster for a float32 model where the processor knows it",
         choices=("model", "bfloat16"),
-        old_names=("z_products",),
     )
     on_breakdown: str = _setting(
         "stop",
@@ -194,14 +193,11 @@ def settings() -> dict[str, Setting]:
     for one in fields(RunConfig):
         parts = typing.get_args(hints[one.name]) or (hints[one.name],)
         (kind,) = (part for part in parts if part is not NoneType)
-        found[one.name] = Setting(one.name, kind, NoneType in parts, one.default, **one.metadata)
+        old = tuple(old for old, new in RENAMED.items() if new == one.name)
+        found[one.name] = Setting(
+            one.name, kind, NoneType in parts, one.default, old_names=old, **one.metadata
+        )
     return found
-
-
-def by_new_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings, as any version of this project wrote them, by the names that they have now."""
-    new = {old: setting.name for setting in settings().values() for old in setting.old_names}
-    return {new.get(name, name): value for name, value in config.items()}
 
 
 def hparams_path(config: RunConfig) -> Path:

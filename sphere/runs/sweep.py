@@ -33,7 +33,8 @@ from sphere.evaluation.summary import COLUMNS, format_lines, format_table
 from sphere.files import atomic_path, read_json, write_json
 from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
-from sphere.runs.config import PROGRAM, RunConfig, alpha_of, by_new_names, folder_of, hparams_path
+from sphere.renamed import by_new_names
+from sphere.runs.config import PROGRAM, RunConfig, alpha_of, folder_of, hparams_path
 from sphere.runs.folder import JOB_NAME, LOG_NAME
 from sphere.runs.run import execute
 
