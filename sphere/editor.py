@@ -25,7 +25,7 @@ from sphere.forward.passes import PassOptions
 from sphere.hparams import ModuleHParams
 from sphere.methods import EditedModel, Method, Services, get_method
 from sphere.requests import EditRequest, check_batch
-from sphere.rules import Metrics, apply_rules
+from sphere.rules import REVIVE_TAU, Metrics, RuleSet, apply_rules, rule_chain
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,10 @@ class Editor:
         hparams: hyperparameters of the method's class.
         beta_hse: cumulative ratio of the SPHERE hook; 0 switches it off.
         alpha: suppression strength of the hook; None: the method's own (the paper's 0.8, AlphaEdit 0.5).
+        rules: names of `sphere.rules.RULES` whose chain replaces the method's own; None: those that the hyperparameters
+            name, else the method's own.
+        directions: SPHERE's are those of the "current" weight, as published, or of the "original" one.
+        revive_tau: fraction of the singular values' sum that REVIVE keeps updates out of.
         on_breakdown: "stop" refuses a batch with an absurdly large update; "continue" writes it with a warning, for
             those who want to see the model collapse. What is not finite is never written.
         seed: of context templates that the model generates, and of the corpus behind second moments.
@@ -100,6 +104,9 @@ class Editor:
         *,
         beta_hse: float = 0.5,
         alpha: float | None = None,
+        rules: Sequence[str] | None = None,
+        directions: str = "current",
+        revive_tau: float = REVIVE_TAU,
         on_breakdown: str = "stop",
         seed: int = 0,
         passes: PassOptions | None = None,
@@ -118,7 +125,14 @@ class Editor:
             )
         kind = get_method(method) if isinstance(method, str) else method
         self.alpha = kind.default_alpha if alpha is None else alpha
-        self.rules = kind.rules(hparams, beta_hse, self.alpha)
+        names = (hparams.rules or None) if rules is None else rules
+        own = kind.rules(hparams, beta_hse, self.alpha)
+        if names is not None:
+            own = rule_chain(
+                names, hparams, beta_hse=beta_hse, alpha=self.alpha, revive_tau=revive_tau, seed=seed
+            )
+        self.rules = own.with_directions(directions)
+        self._ready: dict[str, RuleSet] = {}  # weight name -> the rules, ready for it
         self.edited = EditedModel(model, tokenizer, hparams)
         self.weights, self.n_edits = self.edited.weights, 0
         self._check_free()
@@ -214,7 +228,7 @@ class Editor:
                 "use dtype float32.",
                 argument="dtype",
             )
-        delta, metrics = apply_rules(self.rules.each, delta.to(weight), weight)
+        delta, metrics = apply_rules(self._rules_of(name).each, delta.to(weight), weight)
         size, norm = float(delta.norm()), float(weight.norm())
         if not size <= LARGEST_RELATIVE_UPDATE * norm:
             what = f"The update of {where} has norm {size:.3g} against {norm:.3g} of the weight"
@@ -234,6 +248,13 @@ class Editor:
             )
         return {"weight_norm": norm, **metrics}
 
+    def _rules_of(self, name: str) -> RuleSet:
+        """The rules, ready for one weight: what they need of the unedited weight is found once."""
+        if name not in self._ready:
+            original = self.weights.canonical(name, self.original[name]).to(self.weights.get(name))
+            self._ready[name] = self.rules.for_weight(name, original)
+        return self._ready[name]
+
     def _continue_conditioned(self) -> None:
         if self.rules.total and self.rules.continue_conditioned and self.n_edits:
             self.weights.restore(self._conditioned()[0])
@@ -244,7 +265,7 @@ class Editor:
         for name in self.weights.names:
             now = self.weights.get(name)
             original = self.weights.canonical(name, self.original[name]).to(now)
-            total, noted[name] = apply_rules(self.rules.total, now - original, original)
+            total, noted[name] = apply_rules(self._rules_of(name).total, now - original, original)
             result[name] = self.weights.canonical(name, original + total).contiguous()  # turned back
         return result, noted
 

@@ -30,7 +30,11 @@ MOM2_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleHParams:
-    """Where things are in the model: templates with `{}` for the layer's number, and the layers to edit."""
+    """Where things are in the model: templates with `{}` for the layer's number, and the layers to edit.
+
+    Attributes:
+        rules: names of update rules (`sphere.rules.RULES`) in place of the method's own; none: the method's own.
+    """
 
     layers: tuple[int, ...]
     rewrite_module_tmp: str
@@ -39,6 +43,7 @@ class ModuleHParams:
     lm_head_module: str
     mlp_module_tmp: str = ""
     attn_module_tmp: str = ""
+    rules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.layers or sorted(set(self.layers)) != list(self.layers):
@@ -51,7 +56,10 @@ class ModuleHParams:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: what a run's configuration keeps."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        values = dataclasses.asdict(self)
+        if not self.rules:  # as files of earlier versions, which know no such key
+            del values["rules"]
+        return json.loads(json.dumps(values))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +44,9 @@ class Rule(Protocol):
 
 
 DIRECTIONS = ("current", "original")
+RULES = ("rect", "prune", "sphere", "revive", "random")  # as a chain of rules names them
+RECT_SHARE = 0.4  # of RECT's entries that are kept, as published
+REVIVE_TAU = 0.1  # no value is published in words that could be had; see `Revive`
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,58 @@ class RuleSet:
     each: tuple[Rule, ...] = ()
     total: tuple[Rule, ...] = ()
     continue_conditioned: bool = field(default=False)
+
+    def for_weight(self, name: str, original: Tensor) -> RuleSet:
+        """The same rules, made ready for one weight.
+
+        Args:
+            original: the unedited weight W_0 (out x in).
+        """
+
+        def ready(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+            bound = (getattr(rule, "for_weight", None) for rule in rules)
+            return tuple(make(name, original) if make else r for make, r in zip(bound, rules, strict=True))
+
+        return replace(self, each=ready(self.each), total=ready(self.total))
+
+    def with_directions(self, directions: str) -> RuleSet:
+        """The same rules, with SPHERE's directions those of the "current" or the "original" weight."""
+
+        def turned(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+            return tuple(replace(r, directions=directions) if isinstance(r, Sphere) else r for r in rules)
+
+        return replace(self, each=turned(self.each), total=turned(self.total))
+
+
+def rule_chain(
+    names: Sequence[str], hparams: Any, *, beta_hse: float, alpha: float, revive_tau: float, seed: int
+) -> RuleSet:
+    """The rules of these names, one after the other, in place of a method's own.
+
+    Args:
+        names: of RULES. With "prune" the chain conditions the total change, as PRUNE does, else each update.
+        hparams: of the method; its `rect_share`, `prune_base` and `prune_continue` count where it has them.
+        beta_hse: 0 leaves "sphere" and "random" out.
+
+    Raises:
+        SphereError: an unknown name, or the same one twice.
+    """
+    if unknown := [name for name in names if name not in RULES]:
+        raise SphereError(f"Unknown rule '{unknown[0]}': use some of {', '.join(RULES)}.", argument="rules")
+    if len(set(names)) < len(names):
+        raise SphereError(f"A rule is named twice in {', '.join(names)}: name it once.", argument="rules")
+    made: dict[str, tuple[Rule, ...]] = {
+        "rect": (LargestRelative(getattr(hparams, "rect_share", RECT_SHARE)),),
+        "prune": (CondenseSpectrum(getattr(hparams, "prune_base", math.e)),),
+        "sphere": sphere_rules(beta_hse, alpha),
+        "revive": (Revive(revive_tau),),
+        "random": (Random(beta_hse, alpha, seed),) if beta_hse else (),
+    }
+    chain = tuple(rule for name in names for rule in made[name])
+    if "prune" not in names:
+        return RuleSet(each=chain)
+    conditioned = getattr(hparams, "prune_continue", "") == "conditioned"
+    return RuleSet(total=chain, continue_conditioned=conditioned)
 
 
 def apply_rules(rules: tuple[Rule, ...], delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sphere.hparams import HParams
 from sphere.methods.memit import MEMIT
-from sphere.rules import LargestRelative, RuleSet, sphere_rules
+from sphere.rules import RECT_SHARE, LargestRelative, RuleSet, sphere_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class RectHParams(HParams):
         rect_share: part of a matrix' entries that is kept.
     """
 
-    rect_share: float = 0.4
+    rect_share: float = RECT_SHARE
 
 
 class MEMITRect(MEMIT):

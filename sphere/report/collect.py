@@ -196,6 +196,10 @@ SETTINGS: dict[
     "ds_name": lambda run: str(run.config.get("ds_name", "?")),
     "beta_hse": lambda run: f"β {run.config['beta_hse']:g}" if run.has_sphere else "",
     "alpha": lambda run: f"α {run.config['alpha']:g}" if run.has_sphere else "",
+    "rules": lambda run: f"rules {run.config['rules']}" if run.config.get("rules") is not None else "",
+    "directions": lambda run: (
+        "" if run.config.get("directions", "current") == "current" else "original directions"
+    ),
     "num_edits": lambda run: f"batches of {run.config.get('num_edits', '?')}",
     "seed": lambda run: f"seed {run.config.get('seed', '?')}",
 }

@@ -66,6 +66,21 @@ class RunConfig:
         "editing",
         "SPHERE: suppression strength (default: the paper's, 0.5 for AlphaEdit and 0.8 for the others)",
     )
+    rules: str | None = _setting(
+        None,
+        "editing",
+        "a chain of update rules in place of the method's own, e.g. rect,sphere; there are rect, prune, "
+        "sphere, revive and random",
+    )
+    directions: str = _setting(
+        "current",
+        "editing",
+        "SPHERE: principal directions of the current weight, as published, or of the original one",
+        choices=("current", "original"),
+    )
+    revive_tau: float = _setting(
+        0.1, "editing", "REVIVE: fraction of the singular values' sum whose directions updates keep out of"
+    )
     seed: int = _setting(0, "editing", "of everything that is sampled")
     device: str = _setting("auto", "model", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     dtype: str = _setting(
@@ -208,12 +223,19 @@ def hparams_path(config: RunConfig) -> Path:
     return find(Path(config.hparams_dir) / config.alg_name / file)
 
 
+def rules_of(config: RunConfig) -> list[str] | None:
+    """The names of a run's update rules; None: the method's own."""
+    return (
+        None if config.rules is None else [name.strip() for name in config.rules.split(",") if name.strip()]
+    )
+
+
 def folder_of(config: RunConfig) -> Path:
-    """Where a run lands."""
+    """Where a run lands; settings of the rules that are not the published ones are in its name."""
     from sphere.checkpoints import run_folder
     from sphere.models import model_label
 
-    return run_folder(
+    folder = run_folder(
         config.output_dir,
         config.alg_name,
         model_label(config.model_name),
@@ -222,6 +244,13 @@ def folder_of(config: RunConfig) -> Path:
         config.beta_hse,
         alpha_of(config),
     )
+    names = rules_of(config)
+    more = [] if names is None else ["+".join(names) or "no_rules"]
+    if config.directions != RunConfig.directions:
+        more.append(f"{config.directions}_directions")
+    if config.revive_tau != RunConfig.revive_tau:
+        more.append(f"tau_{config.revive_tau:g}")
+    return folder.with_name("_".join([folder.name, *more]))
 
 
 def alpha_of(config: RunConfig) -> float:

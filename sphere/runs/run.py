@@ -40,6 +40,7 @@ from sphere.runs.config import (
     describe,
     folder_of,
     hparams_path,
+    rules_of,
     saved_at,
 )
 from sphere.runs.folder import LOG_NAME, ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
@@ -145,6 +146,9 @@ def _editor_of(
         hparams,
         beta_hse=config.beta_hse,
         alpha=alpha_of(config),
+        rules=rules_of(config),
+        directions=config.directions,
+        revive_tau=config.revive_tau,
         seed=config.seed,
         model_label=model_label(config.model_name),
         stats_dir=config.stats_dir,
@@ -170,11 +174,18 @@ def _decided(
         "num_edits": config.num_edits,
         "beta_hse": config.beta_hse,
         "alpha": alpha_of(config),
+        **_rules_decided(config),
         "seed": config.seed,
         "z_matmul_dtype": config.z_matmul_dtype,
         "model": editor.edited.fingerprint.now(),
         "model_dtype": str(editor.edited.model.dtype),
     }
+
+
+def _rules_decided(config: RunConfig) -> dict[str, Any]:
+    """The settings of the rules that are not the published ones."""
+    keys = ("rules", "directions", "revive_tau")
+    return {key: getattr(config, key) for key in keys if getattr(config, key) != getattr(RunConfig, key)}
 
 
 def _begin_or_continue(
