@@ -153,7 +153,12 @@ def start(device: str = "auto", device_map: object = None) -> Processes:
             "device_map spreads one model over all devices, torchrun starts one model per process: use one of them.",
             argument="device_map",
         )
-    if torch.device("cuda" if device == "auto" else device).index is not None:
+    kind, _, index = device.partition(":")
+    if kind not in ("auto", "cuda"):
+        from sphere.models import resolve_device  # loads transformers
+
+        resolve_device(device)
+    if index:
         raise SphereError(
             f"Device {device} would put every process on one device: give auto, cuda or cpu with torchrun.",
             argument="device",

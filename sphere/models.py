@@ -33,6 +33,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # of spreading layers over devices
 
 
 def load_model(
@@ -57,6 +58,7 @@ def load_model(
     options["dtype"] = _resolve_dtype(dtype, target, gguf="gguf_file" in options)
     source = options.pop("source")
     if device_map is not None:
+        _check_device_map(device_map)
         options["device_map"] = device_map
     try:
         tokenizer_options = {k: v for k, v in options.items() if k == "gguf_file"}
@@ -166,6 +168,28 @@ def _unusable(device: torch.device) -> str:
     except Exception:  # each backend raises its own kind, some with a list of all backends
         return f"PyTorch computes nothing in float64 on {device.type}"
     return ""
+
+
+def _check_device_map(device_map: str | dict[str, Any]) -> None:
+    """Refuse a device_map that names a device which cannot be used here.
+
+    Args:
+        device_map: a strategy of accelerate, one device for all, or module -> device, "cpu", "disk" or a GPU's number.
+    """
+    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    for place in places:
+        if isinstance(place, int):
+            place = f"cuda:{place}"
+        if str(place) in (*STRATEGIES, "disk"):
+            continue
+        try:
+            resolve_device(str(place))
+        except SphereError as error:
+            reason = str(error).partition(": use")[0]
+            raise SphereError(
+                f"{reason}: let device_map be one of {', '.join(STRATEGIES)}, or name devices that are here.",
+                argument="device_map",
+            ) from None
 
 
 def model_label(name: str) -> str:

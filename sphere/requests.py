@@ -73,6 +73,11 @@ def check_text(text: str, name: str) -> None:
     """
     if not text.strip():
         raise SphereError(f"{name} is blank: give a text.")
+    check_encodable(text, name)
+
+
+def check_encodable(text: str, name: str) -> None:
+    """Refuse a text that no tokenizer takes; see `check_text`."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

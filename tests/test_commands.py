@@ -124,7 +124,7 @@ def test_help_does_not_wait_for_pytorch(module: str, words: list[str]) -> None:
         "except SystemExit as stopped: assert not stopped.code\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert (f"sphere {words[0]} " if words else module.rpartition(".")[0]) in run.stdout
 

@@ -101,9 +101,28 @@ def test_lines_of_a_file(tmp_path, tiny_tokenizer, caplog):
     assert [tiny_tokenizer.decode(d) for d in corpus(str(lines), tiny_tokenizer, 1).documents()] == [
         "First line."
     ]
-    lines.write_text("[1]\n", "utf-8")
-    with pytest.raises(SphereError, match=r'Line 1 of .* is not a JSON object with a "text" key'):
-        list(corpus(str(lines), tiny_tokenizer).documents())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("A.jsonl", b"[1]", r'line 1 of .*A\.jsonl is not a JSON object with a text as "text"'),
+        ("A.jsonl", b"{", "line 1 of .* is not a JSON object"),
+        ("A.jsonl", b'{"text": "b"}\n\n{"text": 5}', "line 3 of .* is not a JSON object"),
+        (
+            "A.jsonl",
+            b'{"text": "a \\ud800 b"}',
+            r"'text' in line 1 of .* holds half of a surrogate pair, U\+D800",
+        ),
+        ("A.jsonl", b'{"text": "\xff"}', "is not text in UTF-8"),
+        ("A.txt", b"a\nb \xff\n", "is not text in UTF-8"),
+    ],
+)
+def test_lines_that_are_no_text(name, content, says, tmp_path, tiny_tokenizer):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(SphereError, match=says):
+        list(corpus(str(path), tiny_tokenizer).documents())
 
 
 def test_errors_of_sources(tmp_path, tiny_tokenizer):

@@ -58,14 +58,22 @@ def test_what_processes_cannot_share_is_refused(monkeypatch, device, device_map,
         start(device, device_map)
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu", "toaster"])
+def test_a_device_that_no_process_can_use_is_refused(monkeypatch, device):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SphereError, match=f"Device '{device}' is not available here") as error:
+        start(device)
+    assert len(str(error.value)) < 200
+
+
 def test_shares_cover_everything_in_order(monkeypatch):
     """The cutting itself, for every number of processes."""
+    monkeypatch.setattr("accelerate.utils.gather_object", list)  # each hears of itself only
     for n in range(8):
         for size in (2, 3, 5):
             found = []
             for index in range(size):
                 process = Processes(index, size)
-                monkeypatch.setattr(process, "_exchange", lambda function: [function()])
                 found += [i for part in process.shares(list, range(n)) for i in part]
             assert found == list(range(n))
 

@@ -288,6 +288,16 @@ def test_bad_input_gives_one_sentence(tmp_path, model, tokenizer, data_dir):
         ("nli", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n", "is no nli example"),
         ("nli", "index\tsentence1\tsentence2\tlabel\n0\ta\n", "is no nli example"),
         ("nli", "", "holds no examples"),
+        (
+            "reasoning",
+            '{"question": "\\ud800", "answer": "#### 3"}',
+            "Row 1 of .* half of a surrogate pair, U.D800",
+        ),
+        (
+            "open_domain_qa",
+            '{"question": "q", "answer": ["\\udfff"], "output": ["p"]}',
+            "Row 1 of .* half of a surrogate pair, U.DFFF",
+        ),
     ],
 )
 def test_bad_rows_are_named(data_dir, name, text, words):

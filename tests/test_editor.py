@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from sphere.forward.passes import PassOptions
 from sphere.methods import Method
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.methods.sequential_solve import SequentialSolve
-from sphere.runs.config import RunConfig, alpha_of
+from sphere.runs.config import RunConfig, alpha_of, settings
 from sphere.weights import EditedWeights
 
 CPU = torch.device("cpu")
@@ -327,6 +328,15 @@ def test_alpha_is_the_method_s_own_unless_given(method: str, tiny_tokenizer: Pre
     config = RunConfig(alg_name=method)
     assert found.rules == get_method(method).rules(hparams, config.beta_hse, alpha_of(config))
     assert Editor(tiny_llama(), tiny_tokenizer, method, hparams, alpha=0.3).alpha == 0.3
+
+
+def test_an_editor_s_defaults_are_those_of_a_run() -> None:
+    given = inspect.signature(Editor).parameters
+    shared = [
+        name for name in settings() if name in given and name != "cache_dir"
+    ]  # kept with use_cache only
+    assert {"beta_hse", "alpha", "seed", "on_breakdown", "stats_dir"} <= set(shared)
+    assert {name: given[name].default for name in shared} == {n: settings()[n].default for n in shared}
 
 
 # ---- two editors on one model ----

@@ -152,6 +152,17 @@ def test_a_device_that_cannot_be_used_is_one_short_sentence(device: str, refused
     assert len(said) < 200
 
 
+@pytest.mark.parametrize("device_map", ["mps", "xpu", "cuda:99", "x" * 9])
+def test_a_device_map_that_cannot_be_used_is_one_short_sentence(device_map: str, refused: Refuse) -> None:
+    said = refused(device_map=device_map)
+    assert said.startswith(f"error: Device '{device_map}' is not available here (")
+    assert said.endswith(
+        "let device_map be one of auto, balanced, balanced_low_0, sequential, or name devices that "
+        "are here (--device_map)."
+    )
+    assert len(said) < 300
+
+
 def test_run_that_is_there(refused: Refuse) -> None:
     said = refused(output="done")
     assert re.search("already holds a run: continue it, overwrite it", said)

@@ -209,7 +209,12 @@ def test_killed_and_restarted_gives_the_same_summary(tmp_path):
     shutil.copytree(first, second)
     command = [sys.executable, "-c", script, str(first), str(second)]
     done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     summaries = [json.loads((f / "summary" / "summary.json").read_text()) for f in (first, second)]

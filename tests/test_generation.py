@@ -16,7 +16,7 @@ from conftest import tiny_gpt2, tiny_llama
 from scipy.stats import entropy
 from test_reference_texts import SAMPLES, offline, publish, record  # noqa: F401 (a fixture)
 from tokenizers.processors import TemplateProcessing
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import experiments.evaluate
 import scripts.evaluate_each_epoch
@@ -40,7 +40,7 @@ def one_at_a_time(model, tokenizer, prompt, seed, max_tokens, top_k=5):
     """The same sampling with neither padding nor cache."""
     generator = torch.Generator().manual_seed(seed)
     ids = list(tokenizer(prompt)["input_ids"])
-    while len(ids) < max_tokens:
+    for _ in range(max_tokens - len(ids)):
         best, tokens = model(torch.tensor([ids])).logits[0, -1].topk(top_k)
         drawn = torch.rand(1, generator=generator).item()
         cumulative = best.softmax(-1).cumsum(-1).tolist()
@@ -101,6 +101,17 @@ def test_long_prompts_stay_and_broken_models_go_on(tiny_tokenizer):
     model.model.norm.weight.fill_(math.nan)
     assert len(continue_prompts(model, tiny_tokenizer, PROMPTS, SEEDS, max_tokens=20)) == 3
     assert continue_prompts(model, tiny_tokenizer, [], []) == []
+
+
+def test_a_model_of_few_positions_writes_short_texts(tiny_tokenizer):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    prompts = [*PROMPTS, "a" * 60]
+    found = continue_prompts(model, tiny_tokenizer, prompts, [*SEEDS, 14])
+    assert found == [
+        one_at_a_time(model, tiny_tokenizer, p, s, 64) for p, s in zip(prompts, [*SEEDS, 14], strict=True)
+    ]
 
 
 # ---- fluency ----

@@ -82,7 +82,7 @@ import sphere.runs.sweep
 from experiments import sweep
 from sphere.commands.common import run_cli
 
-def slow_run(job):
+def slow_run(*_):
     try:
         print("working", flush=True)
         time.sleep(60)
@@ -90,7 +90,7 @@ def slow_run(job):
         print("ending", flush=True)
         time.sleep(60)
 
-sphere.runs.sweep._run = slow_run
+sphere.runs.sweep.execute = slow_run
 run_cli(sweep.main)
 """
 

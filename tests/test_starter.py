@@ -218,10 +218,12 @@ def test_scorer_agrees_with_one_prompt_at_a_time(tiny):
         (relation(confusable="red"), "list of lists"),
         (relation(relation_id=None), "lacks relation_id"),
         (["red"], "must be a JSON object"),
+        (relation(facts={"gr\ud800": "green", "rose": "red"}), "half of a surrogate pair, U+D800"),
+        (relation(prompts=["\udfff {} is", "{} has"]), "half of a surrogate pair, U+DFFF"),
     ],
 )
 def test_malformed_relation_is_one_sentence(tmp_path, entry, said):
-    with pytest.raises(SphereError, match=r"Relation 'colour'") as error:
+    with pytest.raises(SphereError, match=r"[Rr]elation 'colour'") as error:
         load_facts(write_table(tmp_path / "facts.json", {"colour": entry}))
     assert said in str(error.value)
     assert "\n" not in str(error.value)

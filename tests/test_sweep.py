@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from tiny_run import TinyRun
 
+import sphere.values.layer_stats
 from experiments import sweep as command
 from sphere.commands.sweep_job import job_of
 from sphere.errors import SphereError
@@ -30,6 +32,7 @@ from sphere.runs.sweep import Job, collect, over_seeds, run_job
 from sphere.values.layer_stats import SecondMoments
 
 ROOT = Path(__file__).parents[1]
+SECONDS = 300  # that nothing here may take
 
 
 @pytest.fixture
@@ -65,19 +68,24 @@ def test_a_killed_sweep_goes_on_and_ends_in_one_table(world):
         process = subprocess.Popen(
             arguments, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
         )
-        statuses: list[str] = []
-        while "finished" not in statuses:
-            assert process.poll() is None, (world.folder / "out.txt").read_text()
-            time.sleep(0.01)
-            statuses = [job["status"] for job in jobs(world).values()]
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            until, statuses = time.monotonic() + SECONDS, []
+            while "finished" not in statuses and time.monotonic() < until:
+                assert process.poll() is None, (world.folder / "out.txt").read_text()
+                time.sleep(0.01)
+                statuses = [job["status"] for job in jobs(world).values()]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(SECONDS)
+    assert "finished" in statuses, (world.folder / "out.txt").read_text()
     killed = jobs(world)
     finished = {name for name, job in killed.items() if job["status"] == "finished"}
     assert 1 <= len(finished) < 4
     assert not (world.folder / "sweep" / "sweep.md").exists()
 
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS
+    )
     assert done.returncode == 0, done.stderr
     after = jobs(world)
     assert len(after) == 4
@@ -222,21 +230,26 @@ def test_a_bad_setting_is_named(word, monkeypatch, capsys, tmp_path):
     assert word.split("=")[0] in capsys.readouterr().err
 
 
-def test_jobs_side_by_side_compute_second_moments_once(tmp_path, tiny_tokenizer):
+def test_jobs_side_by_side_compute_second_moments_once(tmp_path, tiny_tokenizer, monkeypatch):
     """The second job waits for the first, and reads what it wrote."""
     hparams = tiny_hparams(LLAMA_MODULES)
     both = [
         SecondMoments(LayerStack(tiny_llama(), hparams), tiny_tokenizer, hparams, tmp_path, progress=False)
         for _ in range(2)
     ]
-    computed = []
-    for moments in both:
-        own = moments._compute
-        moments._compute = lambda own=own: (computed.append(1), time.sleep(0.2), own())
+    computed, own = [], sphere.values.layer_stats.layer_stats
+
+    def slowly(*args: Any, **options: Any) -> Any:
+        computed.append(1)
+        time.sleep(0.2)
+        return own(*args, **options)
+
+    monkeypatch.setattr(sphere.values.layer_stats, "layer_stats", slowly)
     threads = [threading.Thread(target=moments.get, args=(1,)) for moments in both]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(SECONDS)
+        assert not thread.is_alive()
     assert len(computed) == 1
     assert torch.equal(*(moments.get(2) for moments in both))

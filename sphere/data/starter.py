@@ -25,6 +25,7 @@ from sphere.files import read_json
 from sphere.forward.packing import Scored
 from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
+from sphere.requests import check_encodable
 from sphere.values.tokenization import encode_pair
 
 log = logging.getLogger(__name__)
@@ -140,12 +141,15 @@ def _relation(name: str, entry: Any, path: Path) -> Relation:
         if not _strings(entry[key]) or len(entry[key]) < fewest:
             raise fail(f"needs a list of at least {fewest} strings as {key}")
         for template in entry[key]:
+            check_encodable(template, f"A template in {key} of relation '{name}' in {path}")
             if template.count("{}") != 1:
                 raise fail(f"has a template in {key} without exactly one '{{}}': {template!r}")
     facts = entry["facts"]
     if not isinstance(facts, dict) or not _strings([*facts, *facts.values()]):
         raise fail("must map each subject to its object, both non-empty strings, as facts")
     for subject, true in facts.items():
+        for text in (subject, true):
+            check_encodable(text, f"A fact of relation '{name}' in {path}")
         if true.lower() in subject.lower():
             raise fail(f"gives the object away in the subject {subject!r}: leave this fact out")
     confusable = entry.get("confusable", [])

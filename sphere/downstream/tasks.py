@@ -16,6 +16,7 @@ from typing import Any
 
 from sphere.downstream import metrics
 from sphere.errors import SphereError
+from sphere.requests import check_encodable
 
 FOLDER = "task-data"
 
@@ -69,6 +70,8 @@ class Task:
                 raise SphereError(
                     f"Row {index + 1} of {path} is no {self.name} example ({error!r}): correct or remove the row."
                 ) from error
+            for text in (prompt, *answers):
+                check_encodable(text, f"Row {index + 1} of {path}")
             examples.append(Example(index, prompt, answers))
         if not examples:
             raise SphereError(f"{path} holds no examples: put the published file there.")

@@ -39,6 +39,7 @@ from sphere.forward.packing import Scored
 from sphere.forward.padding import group_by_length
 from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
+from sphere.values.lengths import longest_sequence
 from sphere.values.tokenization import encode, padding_id
 
 TOP_K = 5
@@ -85,7 +86,8 @@ def continue_prompts(
 
     Args:
         seeds: one per prompt; a row's random numbers are its own.
-        max_tokens: length of each text in tokens, its prompt included (a longer prompt stays as it is).
+        max_tokens: length of each text in tokens, its prompt included (a longer prompt stays as it is); the model's
+            positions, where they are fewer.
 
     Returns:
         Prompt and continuation, without special tokens, in Unicode's composed form, white space as single spaces.
@@ -94,7 +96,15 @@ def continue_prompts(
         return []
     rows = [encode(tokenizer, prompt).ids for prompt in prompts]
     width, shortest = max(map(len, rows)), min(map(len, rows))
+    positions = longest_sequence(model)
+    max_tokens = min(max_tokens, positions or max_tokens)
     new = max(max_tokens - shortest, 0)
+    if new and positions and shortest < width and width + new > positions:  # together they do not fit
+        alone = [
+            continue_prompts(model, tokenizer, [prompt], [seed], max_tokens, top_k)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return [text for (text,) in alone]
     if new:
         uniforms = torch.stack(
             [torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds]  # (b, new)
@@ -256,9 +266,10 @@ class CaseGenerator:
         The mean is over the predicted tokens; ROME's code divides their sum by one more.
         """
         sequences = {}
+        most = min(ESSENCE_TOKENS, longest_sequence(self.model) or ESSENCE_TOKENS)
         for record in records:
             text = " ".join(self.references.by_case[record.case_id].essence)
-            ids = tuple(encode(self.tokenizer, text).ids[:ESSENCE_TOKENS]) if text else ()
+            ids = tuple(encode(self.tokenizer, text).ids[:most]) if text else ()
             if len(ids) > 1:
                 sequences[record.case_id] = Scored(ids, 1)
         scores = self._scorer.score(list(sequences.values()))

@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
+from sphere.requests import check_encodable
 from sphere.values import self_text
 from sphere.values.tokenization import tokenizer_digest, truncated_ids
 
@@ -153,14 +154,23 @@ def _local(source: str) -> Path:
 
 
 def _file_texts(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if path.suffix != ".jsonl":
-                yield line
-                continue
-            try:
-                yield json.loads(line)["text"] if line.strip() else ""
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise SphereError(
-                    f'Line {number} of {path} is not a JSON object with a "text" key: correct or remove it.'
-                ) from error
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                yield _text_of(line, f"line {number} of {path}") if path.suffix == ".jsonl" else line
+    except UnicodeDecodeError as error:
+        raise SphereError(f"The corpus {path} is not text in UTF-8: convert it.") from error
+
+
+def _text_of(line: str, where: str) -> str:
+    """The text of a line of a .jsonl file; none of a blank line."""
+    if not line.strip():
+        return ""
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise SphereError(f'The {where} is not a JSON object with a text as "text": correct or remove it.')
+    check_encodable(text, f"'text' in {where}")
+    return text
