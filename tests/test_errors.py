@@ -26,9 +26,11 @@ import sphere.values.corpus
 from experiments import evaluate
 from scripts import evaluate_each_epoch
 from sphere.checkpoints import read_weights
+from sphere.data.records import load_records
 from sphere.errors import SphereError
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.methods.ft import FT
+from sphere.runs.config import RunConfig, hparams_path
 from sphere.runs.run import execute
 
 ROOT = Path(__file__).parents[1]
@@ -161,6 +163,22 @@ def test_a_device_map_that_cannot_be_used_is_one_short_sentence(device_map: str,
         "are here (--device_map)."
     )
     assert len(said) < 300
+
+
+def test_shipped_files_are_found_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: Refuse
+) -> None:
+    """One's own go first; else the sentence says where a file was looked for and which flag helps."""
+    monkeypatch.chdir(tmp_path)
+    path = hparams_path(RunConfig())
+    assert path.is_file()
+    assert load_records("starter", limit=2)
+    own = tmp_path / "hparams" / "AlphaEdit" / path.name
+    own.write_bytes(path.read_bytes())
+    assert hparams_path(RunConfig()).resolve() == own
+    said = refused(hparams_dir="hparams", hparams_fname="no.json")
+    assert f"looked in {own.parent} and {path.parent}" in said
+    assert "--hparams_dir" in said
 
 
 def test_run_that_is_there(refused: Refuse) -> None:

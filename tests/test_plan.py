@@ -212,8 +212,7 @@ def test_rates_and_times():
 
 
 def test_dry_run_prints_the_plan_and_does_nothing_else(qwen, capsys, tmp_path, monkeypatch):
-    folder = Path.cwd()
-    words = [f"--model_name={qwen}", "--hparams_fname=Qwen2.5-7B.json", f"--hparams_dir={folder / 'hparams'}"]
+    words = [f"--model_name={qwen}", "--hparams_fname=Qwen2.5-7B.json"]
     monkeypatch.chdir(tmp_path)
     assert main([*words, "--dry_run", "--device=cuda", "--conserve_memory"]) == 0
     out = capsys.readouterr().out
