@@ -226,7 +226,7 @@ def layer_report(
         before: W before the batch.
         reference_energy: `hyperspherical_energy` of the weight before all editing, with the same s.
         basis: U (in x r); adds the share of the change in the principal subspace.
-        condition: whether to find the condition number, the dearest of the figures.
+        condition: whether to find the condition number, the most expensive of the figures.
 
     Returns:
         energy; energy_change, relative to `reference_energy`; delta_norm, the Frobenius norm of the batch's change;
