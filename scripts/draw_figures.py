@@ -2,7 +2,7 @@
 
     python -m scripts.draw_figures
 
-reads the table "MEMIT, 500 facts" of docs/results.md and writes docs/figures/memit_500.svg.
+reads the table "MEMIT, 1000 facts in small batches" of docs/results.md and writes docs/figures/memit_1000.svg.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sphere.files import atomic_path
 from sphere.report.style import GREY, drawing, grid, label_axes, styles
 
 DOCS = Path(__file__).parents[1] / "docs"
-HEADING = "## MEMIT, 500 facts"
+HEADING = "## MEMIT, 1000 facts in small batches"
 METHODS = ("MEMIT", "MEMIT + SPHERE")
 SCORE = re.compile(r"([\d.]+) \[([\d.]+), ([\d.]+)\]")
 APART = 8  # edits between the points of two methods, so that their intervals can be told apart
@@ -61,7 +61,7 @@ def draw(points: dict[str, list[Point]], path: Path) -> None:
             axes.errorbar(edits, values, errors, label=name, capsize=3, **style.line)
         label_axes(axes, "edits", "score (95 % interval)")
         axes.set_xticks([edits for edits, *_ in points["MEMIT"]])
-        axes.set_title(f"500 CounterFact facts, SmolLM2-135M (unedited: {unedited:g})", color=GREY)
+        axes.set_title(f"1000 CounterFact facts, SmolLM2-135M (unedited: {unedited:g})", color=GREY)
         axes.legend()
         with atomic_path(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args(argv)
-    path = DOCS / "figures" / "memit_500.svg"
+    path = DOCS / "figures" / "memit_1000.svg"
     try:
         draw(scores((DOCS / "results.md").read_text("utf-8")), path)
     except SphereError as error:

@@ -154,7 +154,7 @@ def test_the_figure_is_that_of_its_table(tmp_path: Path):
     from scripts.draw_figures import draw, scores
 
     draw(scores((DOCS / "results.md").read_text("utf-8")), tmp_path / "figure.svg")
-    assert (tmp_path / "figure.svg").read_bytes() == (DOCS / "figures" / "memit_500.svg").read_bytes()
+    assert (tmp_path / "figure.svg").read_bytes() == (DOCS / "figures" / "memit_1000.svg").read_bytes()
 
 
 def test_the_table_of_the_readme_is_that_of_the_results():
