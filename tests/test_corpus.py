@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from conftest import tiny_gpt2, tiny_llama
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sphere import SphereError
@@ -160,7 +162,7 @@ def test_sampling_follows_the_models_distribution():
     model.lm_head.weight[10, 0] = 9.0  # e^9 against 298 others (the end of a text is ruled out)
 
     class Ids:
-        all_special_ids, eos_token_id, pad_token_id = (0,), 0, 0
+        all_special_ids, bos_token_id, eos_token_id, pad_token_id = (0,), None, 0, 0
 
         def __len__(self) -> int:
             return 300
@@ -169,6 +171,21 @@ def test_sampling_follows_the_models_distribution():
     fraction = sum(token == 10 for ids in found for token in ids[1:]) / 800
     expected = torch.tensor(9.0).exp() / (torch.tensor(9.0).exp() + 298)
     assert fraction == pytest.approx(float(expected), abs=0.02)
+
+
+def test_documents_begin_with_bos_where_texts_do(tiny_tokenizer):
+    """Models trained behind BOS write no sense without it."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = "<|end|>"
+    assert sampling_key("a", tokenizer, 0, 12) == sampling_key("a", tiny_tokenizer, 0, 12)  # it adds none
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 0)]
+    )
+    found = sample_documents(tiny_llama(), tokenizer, 3, 12, 0, progress=False)
+    assert [len(ids) for ids in found] == [12] * 3
+    assert [ids.index(0) for ids in found] == [0] * 3
+    assert all(0 not in ids[1:] for ids in found)
+    assert sampling_key("a", tokenizer, 0, 12)["begin"] == [0]
 
 
 def test_a_model_of_few_positions_writes_short_documents(tiny_tokenizer):

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from sphere.files import atomic_path
 from sphere.forward.generate import generate
 from sphere.resources import shipped
-from sphere.values.tokenization import padding_id
+from sphere.values.tokenization import added_bos, padding_id
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ def sampling_key(
     Args:
         fingerprint: of the whole model.
     """
-    return {
+    key = {
         "model": fingerprint,
         "vocabulary": len(tokenizer),
         "special_ids": sorted(tokenizer.all_special_ids),
@@ -50,6 +51,8 @@ def sampling_key(
         "n_tokens": n_tokens,
         "rows": ROWS,
     }
+    begin = added_bos(tokenizer)
+    return key | {"begin": begin} if begin else key
 
 
 def shipped_documents(
@@ -84,6 +87,17 @@ def digest_of(documents: Sequence[Sequence[int]]) -> str:
     return hashlib.sha256(json.dumps(documents).encode()).hexdigest()
 
 
+class _Progress(LogitsProcessor):
+    """Changes nothing; counts the tokens on a bar, one per row and step."""
+
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self._bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._bar.update(len(input_ids))
+        return scores
+
+
 def sample_documents(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -94,6 +108,8 @@ def sample_documents(
 ) -> list[list[int]]:
     """Documents that the model writes itself: a random first token, then ancestral sampling at temperature 1.
 
+    Before the first token stands BOS where the tokenizer puts it before every text.
+
     The data-free calibration text of LLM-QAT (Liu et al. 2023, section 3.1), from the model's whole distribution,
     whatever generation defaults it brings along; on one machine the same seed gives the same text.
 
@@ -103,24 +119,29 @@ def sample_documents(
     device = model.get_input_embeddings().weight.device
     special = set(tokenizer.all_special_ids)
     ordinary = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
+    begin = added_bos(tokenizer)
+    n_new = n_tokens - len(begin) - 1
     config = GenerationConfig(
         do_sample=True,
         top_k=0,
         top_p=1.0,
         temperature=1.0,
-        min_new_tokens=n_tokens - 1,
-        max_new_tokens=n_tokens - 1,
+        min_new_tokens=n_new,
+        max_new_tokens=n_new,
         pad_token_id=padding_id(tokenizer),
         eos_token_id=tokenizer.eos_token_id,
     )
     result: list[list[int]] = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        bar = tqdm(total=n_documents, desc="sampling text", unit="doc", leave=False, disable=not progress)
+        bar = tqdm(
+            total=n_documents * n_new, desc="sampling text", unit="tok", leave=False, disable=not progress
+        )
         while len(result) < n_documents:
             size = min(ROWS, n_documents - len(result))
             first = ordinary[torch.randint(len(ordinary), (size,))][:, None]  # documents x 1
-            result += generate(model, first.tolist(), config).tolist()
-            bar.update(size)
+            result += generate(
+                model, [begin + row for row in first.tolist()], config, _Progress(bar)
+            ).tolist()
         bar.close()
     return result

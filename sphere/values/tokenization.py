@@ -105,6 +105,12 @@ def bos_text(tokenizer: PreTrainedTokenizerBase) -> str:
     return "" if tokenizer.bos_token is None else str(tokenizer.bos_token)
 
 
+def added_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that a tokenizer puts before every text; empty where it adds none."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token id to fill rows with (masked, so any will do)."""
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
