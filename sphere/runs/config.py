@@ -18,9 +18,10 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from sphere.data.records import FILES
+from sphere.embedded import DEFAULT_MODEL, EMBEDDED
 from sphere.errors import SphereError
 from sphere.renamed import RENAMED, by_new_names
-from sphere.resources import DEFAULT_MODEL, find
+from sphere.resources import find
 
 if TYPE_CHECKING:
     from sphere.forward.passes import PassOptions
@@ -43,7 +44,9 @@ class RunConfig:
 
     alg_name: str = _setting("AlphaEdit", "editing", "the method; `sphere methods` shows them all")
     model_name: str = _setting(
-        DEFAULT_MODEL, "model", "the embedded default model, a folder, a .gguf file or a Hugging Face hub id"
+        DEFAULT_MODEL,
+        "model",
+        f"an embedded model ({', '.join(EMBEDDED)}), a folder, a .gguf file or a hub id",
     )
     hparams_fname: str | None = _setting(
         None, "editing", "file in <hparams_dir>/<alg_name>/ (default: the model's name + .json)"

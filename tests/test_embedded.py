@@ -1,0 +1,197 @@
+"""Embedded models: found without importing their packages, put together once, kept in the cache, checked when used."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_llama
+
+from sphere import SphereError, embedded, load_model
+from sphere.embedded import EMBEDDED, Embedded, assemble, part_files
+from sphere.kept_folders import cache_folder, kept_folder
+from sphere.models import meta_model
+
+GEMMA = "gemma-3-270m"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sphere"
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, sha256: str = "") -> Embedded:
+    """Two packages with a half of `content` each, which cannot be imported, declared as the embedded model "halves"."""
+    middle = len(content) // 2
+    for package, half in {"first_half": content[:middle], "second_half": content[middle:]}.items():
+        (folder / package / "data").mkdir(parents=True)
+        (folder / package / "__init__.py").write_text("raise RuntimeError('imported')")
+        (folder / package / "data" / f"{package}.part").write_bytes(half)
+    monkeypatch.syspath_prepend(str(folder))
+    importlib.invalidate_caches()
+    declared = Embedded(
+        (("first_half", "data/*.part"), ("second_half", "data/*.part")),
+        "halves==1",
+        "Some terms",
+        sha256 or hashlib.sha256(content).hexdigest(),
+    )
+    monkeypatch.setitem(EMBEDDED, "halves", declared)
+    return declared
+
+
+def test_parts_are_found_without_importing_their_packages(tmp_path, monkeypatch):
+    install(tmp_path / "site", monkeypatch, b"one two")
+    assert [path.read_bytes() for path in part_files("halves")] == [b"one", b" two"]
+
+
+@pytest.mark.parametrize("lost", ["second_half", "second_half/data/second_half.part"])
+def test_a_missing_part_is_one_sentence_with_the_command(lost, tmp_path, monkeypatch):
+    install(tmp_path / "site", monkeypatch, b"one two")
+    (tmp_path / "site" / lost).rename(tmp_path / "elsewhere")
+    importlib.invalidate_caches()
+    with pytest.raises(SphereError, match=r"second_half is missing.*pip install halves==1`.*Some terms"):
+        load_model("halves", device="cpu")
+
+
+def test_parts_are_put_together_in_order_or_not_at_all(tmp_path, monkeypatch):
+    declared = install(tmp_path / "site", monkeypatch, b"one two")
+    whole = tmp_path / "new" / "whole"
+    assemble(part_files("halves"), whole, declared.sha256)
+    assert whole.read_bytes() == b"one two"
+    whole.unlink()
+    with pytest.raises(SphereError, match=f"SHA-256 .*, not {'0' * 64}: install"):
+        assemble(part_files("halves"), whole, "0" * 64)
+    assert not list(whole.parent.iterdir())
+
+
+def test_parts_that_are_not_as_declared_are_no_model(tmp_path, monkeypatch, cache):
+    install(tmp_path / "site", monkeypatch, b"one two", sha256="0" * 64)
+    with pytest.raises(SphereError, match="install their packages anew"):
+        load_model("halves", device="cpu")
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+class Maker:
+    """Writes two files; counts how often."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def __call__(self, folder: Path) -> None:
+        self.times += 1
+        (folder / "a").write_bytes(b"first")
+        (folder / "b").write_bytes(b"second")
+
+
+def test_a_kept_folder_is_made_once():
+    make = Maker()
+    folder = kept_folder("thing", make)
+    assert folder == kept_folder("thing", make) == cache_folder() / "thing"
+    assert (folder / "b").read_bytes() == b"second"
+    assert make.times == 1
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "lost", "no list", "no JSON"])
+def test_a_damaged_folder_is_made_anew(damage):
+    make = Maker()
+    folder = kept_folder("thing", make)
+    if damage == "cut":
+        (folder / "b").write_bytes(b"sec")
+    elif damage == "changed":
+        (folder / "b").write_bytes(b"sEcond")
+    elif damage == "lost":
+        (folder / "a").unlink()
+    elif damage == "no list":
+        (folder / "kept.json").unlink()
+    else:
+        (folder / "kept.json").write_text("[")
+    assert (kept_folder("thing", make) / "b").read_bytes() == b"second"
+    assert (folder / "a").exists()
+    assert make.times == 2
+
+
+def test_what_fails_or_is_killed_leaves_no_folder(cache):
+    def fails(folder: Path) -> None:
+        (folder / "a").write_bytes(b"half")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        kept_folder("thing", fails)
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+    (cache / ".thing.making.killed").mkdir()
+    kept_folder("thing", Maker())
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == ["thing"]
+
+
+def test_a_cache_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(SphereError, match=r"Cannot keep thing in .*XDG_CACHE_HOME"):
+        kept_folder("thing", Maker())
+
+
+def tiny_gguf(path: Path, tokenizer) -> None:
+    """A random Llama as a GGUF file, float32."""
+    config, weights = tiny_llama().config, tiny_llama().state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    tokens += ["th", *(f"<{i}>" for i in range(len(tokens) + 1, config.vocab_size))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["t h"])
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, weight in weights.items():
+        writer.add_tensor(names.get_name(key, (".weight",)), weight.numpy().astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_model_in_parts_is_that_of_its_gguf_file_bit_for_bit(
+    tmp_path, monkeypatch, tiny_tokenizer, cache, caplog
+):
+    whole = tmp_path / "whole.gguf"
+    tiny_gguf(whole, tiny_tokenizer)
+    expected, tokenizer = load_model(str(whole), device="cpu")
+    install(tmp_path / "site", monkeypatch, whole.read_bytes())
+    with caplog.at_level("INFO"):
+        load_model("halves", device="cpu")
+    assert "Some terms" in caplog.text
+    monkeypatch.setattr(embedded.importlib.util, "find_spec", None)  # the second time nothing is looked for
+    model, again = load_model("halves", device="cpu")
+    assert model.dtype == torch.float32
+    weights = model.state_dict()
+    assert weights.keys() == expected.state_dict().keys()
+    assert all(torch.equal(weights[key], weight) for key, weight in expected.state_dict().items())
+    assert again("The thing {}").input_ids == tokenizer("The thing {}").input_ids
+    assert meta_model("halves").config.hidden_size == expected.config.hidden_size
+    assert not list(cache.rglob("*.gguf"))
+
+
+def test_gemmas_parts_are_the_file_that_is_declared():
+    try:
+        parts = part_files(GEMMA)
+    except SphereError:
+        pytest.skip(f"{GEMMA} is not installed (requirements-gemma.txt)")
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.read_bytes())
+    assert digest.hexdigest() == EMBEDDED[GEMMA].sha256
