@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sphere.defaults import default_hparams
     from sphere.editor import BatchReport, Editor
     from sphere.errors import SphereError
     from sphere.forward.passes import PassOptions
@@ -40,6 +41,7 @@ _HOMES = {
     "Services": "methods",
     "SphereError": "errors",
     "available_methods": "methods",
+    "default_hparams": "defaults",
     "get_method": "methods",
     "hparams_from_dict": "hparams",
     "load_hparams": "hparams",
@@ -62,6 +64,7 @@ __all__ = [
     "Services",
     "SphereError",
     "available_methods",
+    "default_hparams",
     "get_method",
     "hparams_from_dict",
     "load_hparams",

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sphere.commands import main
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [
@@ -20,7 +22,7 @@ PAGES = [
     ROOT / "Edited_Weight" / "README.md",
     *sorted(DOCS.rglob("*.md")),
 ]
-COMMANDS = ("edit", "score", "report", "plan", "methods")  # those with flags; `sweep` takes key=value
+COMMANDS = [name for name in main.COMMANDS if name != "sweep"]  # those with flags; `sweep` takes key=value
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 MODULE = re.compile(r"python3? -m ([\w.]+)")
 TARGET = re.compile(r"(?:^ {4}|`)make ((?:[a-z]+ ?)+)", re.MULTILINE)

@@ -43,16 +43,19 @@ def configuration(overrides: list[str]) -> dict[str, Any]:
 def train(config: dict[str, Any]) -> Path:
     """Load the model and the records, train, save; returns the editor's file."""
     from sphere.data.records import load_records
-    from sphere.hparams import hparams_from_dict, load_hparams
+    from sphere.hparams import hparams_from_dict
     from sphere.methods.edited_model import EditedModel
     from sphere.models import load_model, model_label
+    from sphere.runs.config import RunConfig
+    from sphere.runs.hparams import hparams_of
 
     from .method import MendHParams, editor_path
     from .training import TrainingSettings, train_editor
 
     label = model_label(config["model_name"])
-    file = config["hparams_fname"] or f"{label}.json"
-    hparams = load_hparams(Path(config["hparams_dir"]) / "MEND" / file, MendHParams)
+    names = ("model_name", "hparams_fname", "hparams_dir")
+    hparams = hparams_of(RunConfig(alg_name="MEND", **{name: config[name] for name in names}))
+    assert isinstance(hparams, MendHParams)
     if not isinstance(config["training"], dict):
         raise SphereError(f"'training' must be a section of the configuration, got {config['training']!r}.")
     try:

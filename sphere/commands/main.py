@@ -6,6 +6,7 @@
     sphere sweep      run and score many configurations, into one table
     sphere plan       what a run will take in memory and time, loading no weights
     sphere methods    every method with its reference and defaults
+    sphere hparams    the hyperparameters for a model; a file of them for a model that has none
 
 `sphere <command> --help` says more. `python -m sphere` is the same.
 """
@@ -17,7 +18,7 @@ import sys
 
 from sphere.commands.common import Parser, run_cli
 
-COMMANDS = ("edit", "score", "report", "sweep", "plan", "methods")
+COMMANDS = ("edit", "score", "report", "sweep", "plan", "methods", "hparams")
 
 
 def main(argv: list[str] | None = None) -> int:

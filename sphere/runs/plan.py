@@ -21,10 +21,11 @@ from sphere.forward.device_memory import GRADIENT_TOKENS
 from sphere.forward.layers import LayerStack
 from sphere.forward.packing import ROW_TOKENS
 from sphere.forward.scorer import LOGIT_VALUES
-from sphere.hparams import HParams, ModuleHParams, TargetHParams, load_hparams
+from sphere.hparams import HParams, ModuleHParams, TargetHParams
 from sphere.methods import Method, get_method
 from sphere.models import DTYPES, meta_model, model_label, resolve_device
-from sphere.runs.config import RunConfig, alpha_of, hparams_path
+from sphere.runs.config import RunConfig, alpha_of
+from sphere.runs.hparams import hparams_of
 from sphere.runs.memory import DEVICE, DISK, FLOAT32, HOST, PHASES, Item, Sizes
 from sphere.runs.method_memory import memory_of
 from sphere.runs.operation_counter import Counted, count, edited_shapes
@@ -104,7 +105,7 @@ def plan_run(config: RunConfig) -> Plan:
     """
     config.check()
     method = get_method(config.alg_name)
-    hparams = load_hparams(hparams_path(config), method.hparams_class)
+    hparams = hparams_of(config)
     method.rules(hparams, config.beta_hse, alpha_of(config))
     device = _device_type(config.device)
     model = meta_model(config.model_name, config.dtype, device)

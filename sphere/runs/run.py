@@ -30,7 +30,7 @@ from sphere.distributed import Processes, start
 from sphere.editor import BatchReport, Editor
 from sphere.errors import SphereError
 from sphere.files import append_line, atomic_path
-from sphere.hparams import ModuleHParams, load_hparams
+from sphere.hparams import ModuleHParams
 from sphere.lock import locked
 from sphere.methods import get_method
 from sphere.models import load_model, model_label
@@ -39,11 +39,11 @@ from sphere.runs.config import (
     alpha_of,
     describe,
     folder_of,
-    hparams_path,
     rules_of,
     saved_at,
 )
 from sphere.runs.folder import LOG_NAME, ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
+from sphere.runs.hparams import hparams_of
 from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
 
@@ -88,7 +88,7 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         method = get_method(config.alg_name)
         if config.tensorboard:
             check_tensorboard()
-        hparams = load_hparams(hparams_path(config), method.hparams_class)
+        hparams = hparams_of(config)
         method.rules(hparams, config.beta_hse, alpha_of(config))  # bad ratios are reported first
         records = load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
         batches = [records[i : i + config.num_edits] for i in range(0, len(records), config.num_edits)]

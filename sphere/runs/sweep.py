@@ -34,8 +34,9 @@ from sphere.files import atomic_path, read_json, write_json
 from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
 from sphere.renamed import by_new_names
-from sphere.runs.config import PROGRAM, RunConfig, alpha_of, folder_of, hparams_path
+from sphere.runs.config import PROGRAM, RunConfig, alpha_of, folder_of
 from sphere.runs.folder import JOB_NAME, LOG_NAME
+from sphere.runs.hparams import hparams_source
 from sphere.runs.run import execute
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Job:
     @property
     def settings(self) -> dict[str, Any]:
         """JSON-able: the run's configuration with its hyperparameters, and how it is scored."""
-        path = hparams_path(self.config)
+        path = hparams_source(self.config)
         hparams = read_json(path, "hyperparameter file") if path.exists() else None
         return {
             **asdict(self.run_config),
