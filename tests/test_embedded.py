@@ -10,14 +10,17 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import tiny_llama
 
 from sphere import SphereError, embedded, load_model
 from sphere.embedded import EMBEDDED, Embedded, assemble, part_files
 from sphere.kept_folders import cache_folder, kept_folder
 from sphere.models import meta_model
+from sphere.values.tokenization import encode
 
 GEMMA = "gemma-3-270m"
+USERS_CACHE = cache_folder()  # before `cache` hides it
 
 
 @pytest.fixture(autouse=True)
@@ -195,3 +198,24 @@ def test_gemmas_parts_are_the_file_that_is_declared():
     for part in parts:
         digest.update(part.read_bytes())
     assert digest.hexdigest() == EMBEDDED[GEMMA].sha256
+
+
+def test_gemma_is_configured_and_continues_texts(monkeypatch):
+    """Its published configuration, BOS, and a fact that it knows; only where it is kept already, for time's sake."""
+    if not any(USERS_CACHE.glob(f"{GEMMA}-*-transformers-{transformers.__version__}/kept.json")):
+        pytest.skip(f"{GEMMA} was never loaded here, and putting it together takes minutes")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(USERS_CACHE.parent))
+    model, tokenizer = load_model(GEMMA, device="cpu")
+    config = model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (18, 640, 2048)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 1, 256)
+    assert (config.vocab_size, config.sliding_window, config.query_pre_attn_scalar) == (262144, 512, 256)
+    assert [i for i, kind in enumerate(config.layer_types) if kind == "full_attention"] == [5, 11, 17]
+    assert config.rope_parameters["full_attention"]["rope_theta"] == 1e6
+    assert config.rope_parameters["sliding_attention"]["rope_theta"] == 1e4
+    assert config.rms_norm_eps == pytest.approx(1e-6)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    ids = encode(tokenizer, "Albert Einstein was born in").ids
+    assert ids[0] == tokenizer.bos_token_id
+    written = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=10)
+    assert "1879 in Ulm" in tokenizer.decode(written[0])
