@@ -57,6 +57,7 @@ def measure(inp: int, n: int, batch: int, dtype: torch.dtype, turns: int, device
     for _ in range(batch - 1):
         earlier = random_keys(inp, n, device)
         solve.append(earlier)
+        solve.compact()
         cache.addmm_(earlier.to(dtype), earlier.to(dtype).T)
     keys = random_keys(inp, n, device)
 
@@ -68,6 +69,7 @@ def measure(inp: int, n: int, batch: int, dtype: torch.dtype, turns: int, device
     def fast() -> Tensor:
         x = now[0].solve(keys)
         now[0].append(keys)
+        now[0].compact()
         return x
 
     def by_plain() -> Tensor:

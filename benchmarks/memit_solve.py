@@ -51,6 +51,7 @@ def measure(inp: int, n: int, batches: int, sequential: bool, turns: int, device
             found.append(solve.solve(k))
             if sequential:
                 solve.append(k)
+                solve.compact()
         return found
 
     row = compare(

@@ -5,7 +5,7 @@
         edit_0.safetensors       the original weights of the edited layers
         edit_<n>.safetensors     the same weights after n edits
         resume.safetensors       the last finished batch, to go on from: what changes with every batch
-        resume_<n>.safetensors   what stays as it was written after n edits (the keys of that batch)
+        resume_<n>.safetensors   what stays as it was written after n edits (the keys of that batch, or their matrix)
 
 Knows nothing of models: tensors are named and oriented as the model stores them. Nothing here executes code from
 a file: `.pth` files of the published form ({"weight": {name: tensor}}) are read with `weights_only=True`.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ RESUME_PART = re.compile(r"resume_\d+\.safetensors")
 # In run.json while a run begins: files of the run before it, which go (`sphere.runs.folder`).
 REPLACED = "replaced"
 CHECKPOINT = re.compile(r"edit_(\d+)(\.safetensors|\.pth)?")
-MOST_PARTS = 32  # then they are written anew as one
+MOST_PARTS = 32  # then all but the largest are written anew as one
 
 
 @dataclass(frozen=True)
@@ -146,26 +146,28 @@ def write_resume(
     tensors: Mapping[str, Tensor],
     append_only: Mapping[str, Tensor],
     state: Mapping[str, Any],
-) -> None:
+) -> int:
     """Replace the run's resume point; a kill at any moment leaves the old one or the new one whole.
 
     Only what is new is written: at 5000 edits of a 7B model the weights under edit are 1.4 GB in float32, the keys of
-    all earlier batches another 1.9 GB.
+    all earlier batches another 1.9 GB. At no moment does the disk hold more than the old point and the new one.
 
     Args:
         tensors: change with every batch.
         append_only: never change under their name: those of the point before are left where they are, those that are
             no longer named are removed.
         state: small and JSON-able; "n_edits" names the file of what is new.
+
+    Returns:
+        Bytes of all of its files.
     """
     folder = Path(folder)
-    parts = {
-        part: names
-        for part, names in _resume_parts(folder).items()
-        if not append_only.keys().isdisjoint(names)
-    }
+    before = _resume_parts(folder)
+    _remove_parts(folder, before)  # what a kill has left
+    parts = {part: names for part, names in before.items() if append_only.keys() >= set(names)}
     if len(parts) >= MOST_PARTS:
-        parts = {}
+        largest = max(parts, key=lambda part: ((folder / part).stat().st_size, part))
+        parts = {largest: parts[largest]}
     known = {name for names in parts.values() for name in names}
     new = {name: tensor for name, tensor in append_only.items() if name not in known}
     if new:
@@ -177,9 +179,8 @@ def write_resume(
         # One entry: several would be written in any order, and equal runs should be equal files.
         content = json.dumps({"state": state, "parts": parts})
         save_file(_plain(tensors), temporary, metadata={"resume": content})
-    for path in folder.iterdir():
-        if RESUME_PART.fullmatch(path.name) and path.name not in parts:
-            path.unlink()
+    _remove_parts(folder, parts)
+    return sum((folder / name).stat().st_size for name in (RESUME_NAME, *parts))
 
 
 def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]] | None:
@@ -214,6 +215,13 @@ def _resume_parts(folder: Path) -> dict[str, list[str]]:
         return {}
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["resume"])["parts"]
+
+
+def _remove_parts(folder: Path, kept: Collection[str]) -> None:
+    """Remove the parts that no resume point names."""
+    for path in folder.iterdir():
+        if RESUME_PART.fullmatch(path.name) and path.name not in kept:
+            path.unlink()
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,9 +18,10 @@ from experiments.evaluate import main
 from sphere.editor import Editor
 from sphere.errors import SphereError
 from sphere.forward.layers import LayerStack, inference
+from sphere.methods.sequential_solve import SequentialSolve, save_solves
 from sphere.models import load_model, meta_model
 from sphere.runs.config import RunConfig
-from sphere.runs.memory import DEVICE, DISK, HOST, PHASES
+from sphere.runs.memory import DEVICE, DISK, HOST, PHASES, Sizes, earlier_keys
 from sphere.runs.operation_counter import PROBE_ROWS, PROBE_WIDTH, Counted, count
 from sphere.runs.plan import Plan, format_plan, measure_rates, plan_run
 
@@ -89,7 +90,8 @@ def test_a_7b_model_fits_80_gb_with_room_and_24_gb_with_conserve_memory(qwen, me
 
 def test_the_plan_grows_with_what_it_should(qwen):
     base = plan_7b(qwen)
-    for n_edits, columns in ((5000, 5000), (10000, 10000), (50000, 18944)):  # in x in at most
+    most = 18944 + 18944 // 8 + 100  # a matrix, an eighth of it, and a batch
+    for n_edits, columns in ((5000, 5000), (10000, 10000), (50000, most), (100000, most)):
         assert size_of(plan_7b(qwen, dataset_size_limit=n_edits), "key cache") == 5 * 8 * 18944 * columns
     stack = LayerStack(
         meta_model(str(qwen), "bfloat16"), tiny_hparams(LLAMA_MODULES, layers=[4, 8], v_loss_layer=27)
@@ -164,7 +166,7 @@ def test_what_solves_keep_is_what_the_plan_says(method, tmp_path, tiny_tokenizer
     cache = sum(solve.nbytes for solve in solves)
     blocks = sum(block.nbytes for solve in solves for block in solve.key_blocks)
     assert size_of(plan, "key cache") == cache
-    assert size_of(plan, "earlier keys") == blocks
+    assert size_of(plan, "earlier keys, as they are saved") == blocks
     if kind == "AlphaEdit":
         kept = sum(projector.basis.nbytes for projector in editor.method.projectors.values())
         assert kept <= size_of(plan, "projectors")
@@ -173,6 +175,25 @@ def test_what_solves_keep_is_what_the_plan_says(method, tmp_path, tiny_tokenizer
     assert size_of(plan, "as they were at first") == sum(w.nbytes for w in editor.original.values())
     state = sum(t.nbytes for name, t in editor.state()[0].items() if name != "rng")
     assert size_of(plan, "resume point") >= state
+
+
+@pytest.mark.parametrize(("n", "batches"), [(2, 3), (2, 60), (5, 30)])
+def test_what_solves_keep_of_many_edits_is_what_the_plan_says(n, batches, tmp_path):
+    """Never more, and once about as much: before T becomes a matrix and long after."""
+    size = 24
+    solve = SequentialSolve(lambda keys: keys, 1.0, "layer 0")
+    sizes = Sizes(((8, size),), 4, 4, n * batches, n)
+    cache, keys, disk = (item.size for item in earlier_keys(sizes)[:3])
+    most_cache, most_keys, most_disk, before = 0, 0, 0, 0
+    for batch in range(batches):
+        solve.append(torch.randn(size, n, generator=torch.Generator().manual_seed(batch)))
+        most_cache = max(most_cache, solve.nbytes)
+        most_keys = max(most_keys, sum(block.nbytes for block in solve.key_blocks))
+        saved = sum(tensor.nbytes for tensor in save_solves({0: solve}).values())
+        replaced = before if solve.compacted and not solve.key_blocks else 0  # the old point goes last
+        most_disk, before = max(most_disk, saved + replaced), saved
+    for found, bound in ((most_cache, cache), (most_keys, keys), (most_disk, disk)):
+        assert 0.8 * bound <= found <= bound
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))

@@ -22,6 +22,7 @@ from sphere.baselines.mend.networks import MendEditor
 from sphere.checkpoints import read_resume, write_resume
 from sphere.errors import SphereError
 from sphere.fingerprint import tensor_digest
+from sphere.methods import sequential_solve
 from sphere.runs.run import RunConfig, execute
 
 N_RECORDS, KILLS = 16, 10
@@ -172,6 +173,36 @@ def test_a_complete_run_needs_no_resume_point(tiny: TinyRun) -> None:
     assert contents(run.folder) == expected
 
 
+# Keys of the tiny model have 48 numbers: in batches of 25, T becomes a matrix at the second, which takes in the later
+# ones at once, or (where B may be as wide as it is) at the fourth.
+@pytest.mark.parametrize(
+    ("method", "pending", "done"), [("AlphaEdit", sequential_solve.PENDING, 5), ("MEMIT_seq", 1, 4)]
+)
+def test_a_run_of_more_edits_than_numbers_in_a_key_continues_exactly(
+    method: str, pending: int, done: int, tiny_tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off before, at and after such a moment; its resume point holds the matrices and the keys since."""
+    monkeypatch.setattr(sequential_solve, "PENDING", pending)
+    world = TinyRun(tmp_path, tiny_tokenizer, 125)
+    world.write_hparams(method, v_num_grad_steps=2)
+    settings = {"alg_name": method, "num_edits": 25, "dataset_size_limit": 125, "alpha": 0.5}
+    reference = execute(world.config("whole", **settings)).folder
+    point = read_resume(reference) or pytest.fail("no resume point")
+    layers, since = (1, 2), range(done, 5)
+    assert point[1].keys() == {
+        *(f"{part}.{layer}.{done}" for part in ("t", "c_s_w") for layer in layers),
+        *(f"keys.{layer}.{batch}" for layer in layers for batch in since),
+    }
+    broken = world.config("broken", **settings)
+    for batch in (1, 2, 4):
+        stop(killed.continuing(broken, batch > 1), batch, monkeypatch)
+    torch.manual_seed(2)
+    run = execute(killed.continuing(broken, True))
+    assert [report.n_edits for report in run.reports] == [125]
+    assert contents(run.folder) == contents(reference)
+    assert contents(run.folder, "resume*") == contents(reference, "resume*")
+
+
 # ---- what a run was prepared from ----
 
 
@@ -264,6 +295,55 @@ def test_resume_point_drops_what_is_no_longer_named(tmp_path: Path) -> None:
     write_resume(tmp_path, {}, {"sum.1": torch.ones(3)}, {"n_edits": 1})
     write_resume(tmp_path, {}, {"sum.2": torch.ones(3)}, {"n_edits": 2})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["resume.safetensors", "resume_2.safetensors"]
+
+
+def test_the_disk_holds_two_resume_points_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one is written, and after a kill at the worst moment: before the new one's last file is there."""
+    matrix, most, dies = torch.ones(64, 64, dtype=torch.float64), 0, False
+    original = sphere.checkpoints.save_file
+
+    def save_file(tensors: dict[str, torch.Tensor], path: Path, **options: object) -> None:
+        nonlocal most
+        original(tensors, path, **options)
+        most = max(most, sum(path.stat().st_size for path in tmp_path.iterdir()))
+        if dies and "weight" in tensors:
+            raise Stopped
+
+    monkeypatch.setattr(sphere.checkpoints, "save_file", save_file)
+    for n in range(1, 6):
+        point = (
+            {"weight": torch.ones(2)},
+            {f"t.4.{n}": matrix, f"keys.4.{n}": torch.ones(8)},
+            {"n_edits": n},
+        )
+        dies = True
+        with pytest.raises(Stopped):
+            write_resume(tmp_path, *point)
+        dies = False
+        size = write_resume(tmp_path, *point)
+        assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert 2 * matrix.nbytes < most < 2.2 * matrix.nbytes
+
+
+def test_what_is_left_of_a_part_is_written_anew(tmp_path: Path) -> None:
+    """So that a large tensor never stays on the disk for a small one's sake."""
+    kept = torch.arange(3.0)
+    write_resume(tmp_path, {}, {"t.4.1": torch.ones(64, 64), "keys.5.1": kept}, {"n_edits": 1})
+    size = write_resume(tmp_path, {}, {"keys.5.1": kept}, {"n_edits": 2})
+    assert size < 1000
+    _, found, _ = read_resume(tmp_path) or pytest.fail("no resume point")
+    assert found.keys() == {"keys.5.1"}
+    assert torch.equal(found["keys.5.1"], kept)
+
+
+def test_a_large_part_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sphere.checkpoints, "MOST_PARTS", 3)
+    append_only, stamps = {"t.4.1": torch.ones(64, 64)}, set()
+    for n in range(1, 9):
+        append_only[f"keys.4.{n}"] = torch.ones(2)
+        write_resume(tmp_path, {}, append_only, {"n_edits": n})
+        stamps.add((tmp_path / "resume_1.safetensors").stat().st_mtime_ns)
+    assert len(stamps) == 1
 
 
 def test_resume_point_keeps_files_of_others(tmp_path: Path) -> None:

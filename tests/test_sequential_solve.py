@@ -10,8 +10,16 @@ from torch import Tensor
 
 from benchmarks.plain import solves as plain
 from sphere import SphereError
+from sphere.checkpoints import read_resume, write_resume
 from sphere.methods.null_space import null_space_projector
-from sphere.methods.sequential_solve import SequentialSolve, inverse_moment, keep_keys, load_keys, save_keys
+from sphere.methods.sequential_solve import (
+    PENDING,
+    SequentialSolve,
+    inverse_moment,
+    keep_solves,
+    load_solves,
+    save_solves,
+)
 
 CPU = torch.device("cpu")
 IN, RIDGE, WEIGHT = 24, 2.0, 3.0
@@ -59,8 +67,9 @@ def test_alphaedit_equals_the_dense_solve(seed, counts, threshold):
         expected = plain.alphaedit(p, keys.double(), cache, RIDGE)
         assert relative(solve.solve(keys), expected) < 1e-6
         solve.append(keys)
+        solve.compact()
         cache += keys.double() @ keys.double().T
-    assert solve.n_keys == sum(counts)
+    assert solve.n_batches == len(counts)
 
 
 @quick
@@ -74,6 +83,7 @@ def test_memit_equals_the_dense_solve(seed, counts):
         expected = plain.memit(moment(), keys.double(), cache, WEIGHT)
         assert relative(sequential.solve(keys), expected) < 1e-8
         sequential.append(keys)
+        sequential.compact()
         cache += keys.double() @ keys.double().T
 
 
@@ -136,55 +146,140 @@ def test_thousands_of_keys_in_few_dimensions():
             cache + keys.double() @ keys.double().T,
         )
         solve.append(keys)
+        solve.compact()
     assert relative(last, expected) < 1e-6
     assert solve.nbytes == 8 * IN * IN
 
 
-@pytest.mark.parametrize("kind", ["alphaedit", "memit"])
-@pytest.mark.parametrize("stop", [1, 3, 6])
+# ---- saved, taken up, rolled back ----
+
+# In batches of 2, T becomes a matrix at the 13th (more keys than IN); later ones join it two by two (IN / 8 = 3).
+N_BATCHES, SWITCH = 18, 13
+KINDS = {"alphaedit": lambda: alphaedit_solve()[0], "memit": memit_solve}
+
+
+def blocks_of_two() -> list[Tensor]:
+    """Keys as they come from a model: transposed."""
+    return [keys.T.contiguous().T for keys in batches(6, [2] * N_BATCHES)]
+
+
+def next_batch(solve: SequentialSolve, keys: Tensor, solved: bool = True) -> Tensor | None:
+    """One batch as a run does it: X, and the state saved after it."""
+    x = solve.solve(keys) if solved else None
+    solve.append(keys)
+    save_solves({4: solve})
+    return x
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("solved", [True, False])
-def test_a_resumed_run_gives_the_same_bits(kind, stop, solved):
-    """Keys come transposed from a model and contiguous from a file; batches go from S - B B^T over to a matrix."""
-
-    def make() -> SequentialSolve:
-        return alphaedit_solve()[0] if kind == "alphaedit" else memit_solve()
-
-    blocks = [keys.T.contiguous().T for keys in batches(6, [5] * 8)]
-    whole, results = make(), []
-    for keys in blocks:
-        if solved:
-            results.append(whole.solve(keys))
-        whole.append(keys)
-    first = make()
-    for keys in blocks[:stop]:
-        first.append(keys)
-    saved = {name: block.clone().contiguous() for name, block in save_keys({4: first}).items()}
-    resumed = make()
-    load_keys({4: resumed}, saved, {4: CPU})
-    for number, keys in enumerate(blocks[stop:], stop):
-        if solved:
-            assert torch.equal(resumed.solve(keys), results[number])
-        resumed.append(keys)
-    probe = batches(7, [4])[0]
-    assert torch.equal(resumed.solve(probe), whole.solve(probe))
+@pytest.mark.parametrize("stop", [1, SWITCH - 1, SWITCH, SWITCH + 1, SWITCH + 2, SWITCH + 3])
+def test_a_resumed_run_gives_the_same_bits(kind, solved, stop, tmp_path):
+    """Through files: before, at and after T becomes a matrix and one that has taken in later batches."""
+    whole, first, resumed = (KINDS[kind]() for _ in range(3))
+    results = [next_batch(whole, keys, solved) for keys in blocks_of_two()]
+    for keys in blocks_of_two()[:stop]:
+        next_batch(first, keys, solved)
+    write_resume(tmp_path, {}, save_solves({4: first}), {"n_edits": stop})
+    load_solves({4: resumed}, read_resume(tmp_path)[1], {4: CPU})
+    for keys, expected in zip(blocks_of_two()[stop:], results[stop:], strict=True):
+        x = next_batch(resumed, keys, solved)
+        assert x is expected is None or torch.equal(x, expected)
+    saved, expected = save_solves({4: resumed}), save_solves({4: whole})
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("kept", [0, 1, 2, 4, 6, 7])
-def test_forgetting_batches_gives_the_state_of_then(kept):
+@pytest.mark.parametrize("stop", [SWITCH - 1, SWITCH, SWITCH + 2])
+def test_a_resume_point_of_keys_alone_is_taken_up(stop):
+    """As earlier versions wrote it."""
+    whole, resumed = alphaedit_solve()[0], alphaedit_solve()[0]
+    for keys in blocks_of_two()[:stop]:
+        next_batch(whole, keys)
+    load_solves(
+        {4: resumed}, {f"keys.4.{i}": keys for i, keys in enumerate(blocks_of_two()[:stop])}, {4: CPU}
+    )
+    for keys in blocks_of_two()[stop:]:
+        assert torch.equal(next_batch(whole, keys), next_batch(resumed, keys))
+
+
+@pytest.mark.parametrize("kept", range(N_BATCHES))
+def test_a_batch_that_was_not_written_is_forgotten(kept):
+    """Exactly, wherever it comes: after others with and without a matrix, with and without keys beside it."""
+    whole, short = alphaedit_solve()[0], alphaedit_solve()[0]
+    *earlier, failed = blocks_of_two()[: kept + 1]
+    for keys in earlier:
+        next_batch(whole, keys)
+        next_batch(short, keys)
+    before = save_solves({0: whole})
+    known = {name: tensor.clone() for name, tensor in before.items()}
+    whole.solve(failed)
+    whole.append(failed)
+    keep_solves({0: whole}, before.keys())
+    after = save_solves({0: whole})
+    assert after.keys() == known.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in known.items())
+    for keys in blocks_of_two()[kept:]:  # and it goes on like a run without it
+        assert torch.equal(next_batch(whole, keys), next_batch(short, keys))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 4])
+def test_forgetting_several_batches_gives_the_state_of_then(kept):
     blocks, probe = batches(8, [5] * 7), batches(9, [4])[0]
     whole, short = alphaedit_solve()[0], alphaedit_solve()[0]
     for keys in blocks:
         whole.append(keys)
     for keys in blocks[:kept]:
         short.append(keys)
-    names = list(save_keys({0: short}))
-    keep_keys({0: whole}, names)
+    keep_solves({0: whole}, save_solves({0: short}).keys())
     assert torch.equal(whole.solve(probe), short.solve(probe))
-    assert whole.n_keys == short.n_keys
-    for keys in blocks[kept:]:  # and it goes on like that state
-        whole.append(keys)
-        short.append(keys)
+    for keys in blocks[kept:]:
+        next_batch(whole, keys)
+        next_batch(short, keys)
     assert torch.equal(whole.solve(probe), short.solve(probe))
+
+
+def test_what_became_a_matrix_is_not_forgotten():
+    solve = alphaedit_solve()[0]
+    for keys in blocks_of_two():
+        next_batch(solve, keys)
+    with pytest.raises(SphereError, match="layer 0 cannot go back to 3 batches"):
+        solve.truncate(3)
+
+
+def test_what_was_saved_under_a_name_stays_the_same():
+    solve, seen = alphaedit_solve()[0], {}
+    for keys in blocks_of_two():
+        next_batch(solve, keys)
+        saved = save_solves({4: solve})
+        for name, tensor in saved.items():
+            first, copy = seen.setdefault(name, (tensor, tensor.clone()))
+            assert torch.equal(tensor, copy)
+            assert torch.equal(first, copy)  # held by somebody since
+    assert [name for name in seen if name.startswith("t.")] == ["t.4.13", "t.4.15", "t.4.17"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_memory_and_resume_point_stay_flat_once_t_is_a_matrix(n, tmp_path):
+    """The matrix, IN / PENDING columns and those of a batch at most, in memory and on the disk."""
+    solve, sizes, most = alphaedit_solve()[0], [], 0
+    columns = IN // PENDING + n
+    for number, keys in enumerate(batches(3, [n] * (20 * IN // n)), 1):
+        solve.solve(keys)
+        solve.append(keys)
+        memory = solve.nbytes
+        saved = save_solves({0: solve})
+        size = write_resume(tmp_path, {}, saved, {"n_edits": number * n})
+        assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
+        if number * n > IN + n:
+            assert solve.compacted is not None
+            assert memory <= 8 * IN * (IN + columns)
+            assert sum(block.nbytes for block in solve.key_blocks) <= 4 * IN * columns
+            sizes.append(sum(tensor.nbytes for tensor in saved.values()))
+            most = max(most, size)
+    cycle = len(sizes) // 2
+    assert max(sizes[:cycle]) == max(sizes[cycle:])
+    assert most <= 1.5 * (8 * IN * IN) + 4096  # headers of small files
 
 
 def test_what_is_saved_has_its_own_name_per_layer_and_batch():
@@ -192,10 +287,14 @@ def test_what_is_saved_has_its_own_name_per_layer_and_batch():
     for solve, seed in zip(solves.values(), (0, 1), strict=True):
         for keys in batches(seed, [2, 3]):
             solve.append(keys)
-    saved = save_keys(solves)
+    saved = save_solves(solves)
     assert set(saved) == {"keys.3.0", "keys.3.1", "keys.5.0", "keys.5.1"}
     assert saved["keys.5.1"].shape == (IN, 3)
     assert saved["keys.5.1"].dtype == torch.float32
+    solves[5].append(batches(2, [IN])[0])
+    assert set(save_solves(solves)) == {"keys.3.0", "keys.3.1", "t.5.3", "c_s_w.5.3"}
+    solves[5].append(batches(2, [1])[0])
+    assert set(save_solves(solves)) == {"keys.3.0", "keys.3.1", "t.5.3", "c_s_w.5.3", "keys.5.3"}
 
 
 def test_float64_keys_are_solved_as_they_are():
@@ -218,6 +317,7 @@ def test_a_state_that_went_wrong_is_found(count):
     solve = SequentialSolve(drifting, RIDGE, "layer 0")
     for _ in range(count):
         solve.append(first)
+        solve.compact()
     with pytest.raises(SphereError, match="L2"):
         solve.solve(keys)
 

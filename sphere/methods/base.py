@@ -67,7 +67,7 @@ class Method(ABC):
         """Yield (weight name, Delta (out x in)) for a batch; each is written before the next one is asked for."""
 
     def state(self) -> dict[str, Tensor]:
-        """What the method carries from batch to batch, for a resume point.
+        """What the method carries from batch to batch, for a resume point; asked for between batches only.
 
         What was returned under a name once must stay the same: a resume point writes new names only, and drops those
         that are no longer returned. State that changes takes a new name with each batch.

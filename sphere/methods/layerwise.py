@@ -1,6 +1,6 @@
 """Methods that write residuals onto keys, layer after layer, by the sequential solve (AlphaEdit, MEMIT and its kin).
 
-Holds what they share: one solve per layer, where it is done, and the earlier keys that a resume point keeps. Knows
+Holds what they share: one solve per layer, where it is done, and what a resume point keeps of earlier keys. Knows
 nothing of what makes them differ: their preconditioners, and when a layer's update is written.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sphere.methods.base import Method
 from sphere.methods.edited_model import EditedModel
-from sphere.methods.sequential_solve import Apply, SequentialSolve, keep_keys, load_keys, save_keys
+from sphere.methods.sequential_solve import Apply, SequentialSolve, keep_solves, load_solves, save_solves
 from sphere.methods.services import Services
 
 
@@ -47,11 +47,11 @@ class LayerwiseMethod(Method):
         self.solves[layer].append(keys.to(self.services.solve_device(layer)))
 
     def state(self) -> dict[str, Tensor]:
-        return save_keys(self.solves)
+        return save_solves(self.solves)
 
     def keep_state(self, names: Collection[str]) -> None:
-        keep_keys(self.solves, names)
+        keep_solves(self.solves, names)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         devices = {layer: self.services.solve_device(layer) for layer in self.solves}
-        load_keys(self.solves, state, devices)
+        load_solves(self.solves, state, devices)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sphere.methods.sequential_solve import PENDING, SKETCH
+
 # What a run does, in order; an item is alive from one phase to another.
 PHASES = ("second moments", "preparation", "target values", "solve", "writing", "scoring")
 DEVICE, HOST, DISK = "device", "host", "disk"
@@ -129,25 +131,49 @@ def moment_factors(sizes: Sizes) -> list[Item]:
     return [factors, sent]
 
 
-def key_cache(sizes: Sizes) -> list[Item]:
-    """What the solve keeps of earlier batches' keys."""
-    columns = [min(sizes.n_edits, in_features) for _, in_features in sizes.edited]
-    cache = sum(in_features * n for (_, in_features), n in zip(sizes.edited, columns, strict=True))
-    return [
+def earlier_keys(sizes: Sizes) -> list[Item]:
+    """What is kept of earlier batches' keys: by the solve, as they are saved, and on the disk."""
+    n, edits = sizes.num_edits, sizes.n_edits
+    columns, saved, on_disk, matrices = 0, 0, 0, []
+    for _, size in sizes.edited:
+        beside = size // PENDING + n  # most columns beside a matrix
+        columns += size * min(edits, size + beside)
+        saved += size * min(edits, size + n)
+        if edits > size:  # the old point and the new one
+            on_disk += 2 * FLOAT64 * size * (size + SKETCH) + FLOAT32 * size * beside
+            matrices.append(FLOAT64 * size**2)
+        else:
+            on_disk += FLOAT32 * size * edits
+    kept = ("target values", "writing")
+    items = [
         Item(
             "key cache of the solves",
-            "sum of 8 in min(N, in)",
-            FLOAT64 * cache,
+            "sum of 8 in min(N, 9 in / 8 + n)",
+            FLOAT64 * columns,
             sizes.offload_device,
-            "target values",
-            "writing",
+            *kept,
         ),
+        Item("earlier keys, as they are saved", "sum of 4 in min(N, in + n)", FLOAT32 * saved, HOST, *kept),
         Item(
-            "earlier keys, as they are saved",
-            "sum of 4 in N",
-            FLOAT32 * sizes.n_edits * sum(in_features for _, in_features in sizes.edited),
-            HOST,
-            "target values",
-            "writing",
+            "earlier keys on the disk, or their matrices twice",
+            "4 in N, or 16 in^2 + 4 in (in / 8 + n)",
+            on_disk,
+            DISK,
         ),
     ]
+    if not matrices:
+        return items
+    made = Item(
+        "one of the matrices in the making",
+        "8 in^2",
+        max(matrices),
+        sizes.offload_device,
+        "writing",
+        "writing",
+    )
+    if sizes.on_cpu or sizes.conserve_memory:
+        return [*items, made]
+    sent = Item(
+        "matrices on their way to the disk", "sum of 8 in^2", sum(matrices), HOST, "writing", "writing"
+    )
+    return [*items, made, sent]

@@ -15,13 +15,14 @@ import torch
 from sphere.hparams import HParams
 from sphere.methods import Method
 from sphere.methods.null_space import DECOMPOSITION, decomposition_bytes
+from sphere.methods.sequential_solve import PENDING
 from sphere.runs.memory import (
     DEVICE,
     FLOAT32,
     FLOAT64,
     Item,
     Sizes,
-    key_cache,
+    earlier_keys,
     moment_factors,
     second_moments,
 )
@@ -67,15 +68,27 @@ def _alphaedit(hparams: Any, sizes: Sizes) -> list[Item]:
         since="preparation",
         until="preparation",
     )
-    return [*second_moments(sizes), basis, decomposition, *key_cache(sizes)]
+    return [*second_moments(sizes), basis, decomposition, *earlier_keys(sizes)]
 
 
-def _alphaedit_solve(hparams: Any, sizes: Sizes) -> float:
-    n, earlier = sizes.num_edits, sizes.n_edits / 2
+def _sequential_solve(hparams: Any, sizes: Sizes) -> float:
+    return _solves(sizes, sizes.n_edits / 2)
+
+
+def _solves(sizes: Sizes, earlier: float) -> float:
+    """Operations of one batch's solves and updates, after so many earlier keys."""
+    n = sizes.num_edits
     return sum(
-        in_features * n * (4 * in_features / 2 + 4 * min(earlier, in_features) + 4 * n + 2 * out)
+        in_features * n * (_product_with_t(in_features, earlier) + 4 * n + 2 * out)
         for out, in_features in sizes.edited
     )
+
+
+def _product_with_t(in_features: int, earlier: float) -> float:
+    """Operations of T K per entry of K: S K and B B^T K; or T_m K, B B^T K, and T_m's taking in B, shared out."""
+    if earlier <= in_features:
+        return 2 * in_features + 4 * earlier
+    return 2 * in_features + 4 * in_features / PENDING / 2 + 2 * in_features
 
 
 # ---- MEMIT and its kin ----
@@ -94,18 +107,11 @@ def _memit(hparams: Any, sizes: Sizes) -> list[Item]:
 
 
 def _memit_solve(hparams: Any, sizes: Sizes) -> float:
-    n = sizes.num_edits
-    return sum(in_features * n * (2 * in_features + 4 * n + 2 * out) for out, in_features in sizes.edited)
+    return _solves(sizes, 0)
 
 
 def _memit_seq(hparams: Any, sizes: Sizes) -> list[Item]:
-    return [*_memit(hparams, sizes), *key_cache(sizes)]
-
-
-def _memit_seq_solve(hparams: Any, sizes: Sizes) -> float:
-    earlier = sizes.n_edits / 2
-    cached = sum(4 * i * min(earlier, i) * sizes.num_edits for _, i in sizes.edited)
-    return _memit_solve(hparams, sizes) + cached
+    return [*_memit(hparams, sizes), *earlier_keys(sizes)]
 
 
 def _rect(hparams: Any, sizes: Sizes) -> list[Item]:
@@ -158,12 +164,12 @@ def _unknown_solve(hparams: Any, sizes: Sizes) -> float:
 
 DEFAULT = MethodMemory(_unknown, _unknown_solve)
 METHODS: dict[str, MethodMemory] = {
-    "AlphaEdit": MethodMemory(_alphaedit, _alphaedit_solve),
+    "AlphaEdit": MethodMemory(_alphaedit, _sequential_solve),
     "FT": MethodMemory(_ft),
     "MEMIT": MethodMemory(_memit, _memit_solve),
     "MEMIT_prune": MethodMemory(_prune, _memit_solve),
     "MEMIT_rect": MethodMemory(_rect, _memit_solve),
-    "MEMIT_seq": MethodMemory(_memit_seq, _memit_seq_solve),
+    "MEMIT_seq": MethodMemory(_memit_seq, _sequential_solve),
     "MEND": MethodMemory(_mend),
     "ROME": MethodMemory(_rome),
 }

@@ -256,13 +256,12 @@ def _scoring(shape: ModelShape, sizes: Sizes, tokens: int) -> list[Item]:
 
 def _files(sizes: Sizes) -> list[Item]:
     kept = 3 * sizes.weight_bytes * sizes.entries
-    keys = FLOAT32 * sizes.n_edits * sum(in_features for _, in_features in sizes.edited)
     return [
         Item("checkpoints: original, first and last batch", "3 E b", kept, DISK),
         Item(
             "resume point, twice while it is replaced",
-            "2 x 4 E + 4 N in",
-            2 * sizes.exact_bytes * sizes.entries + keys,
+            "2 x 4 E",
+            2 * sizes.exact_bytes * sizes.entries,
             DISK,
         ),
     ]

@@ -279,7 +279,8 @@ def _save(editor: Editor, folder: Path, index: int, report: BatchReport, checkpo
     if checkpoint:
         write_checkpoint(folder, report.n_edits, editor.final_weights())
     _log_batch(folder, index, report)
-    write_resume(folder, *editor.state())
+    size = write_resume(folder, *editor.state())
+    log.info("Resume point after %d edits: %.1f MiB.", report.n_edits, size / 2**20)
 
 
 def _keep_last_state(editor: Editor, folder: Path) -> str:
