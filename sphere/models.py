@@ -62,9 +62,8 @@ def load_model(
     if device_map is not None:
         _check_device_map(device_map)
         options["device_map"] = device_map
+    tokenizer = load_tokenizer(name)
     try:
-        tokenizer_options = {k: v for k, v in options.items() if k == "gguf_file"}
-        tokenizer = AutoTokenizer.from_pretrained(source, **tokenizer_options)
         model, report = _load(source, options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -83,6 +82,25 @@ def load_model(
     model.eval().requires_grad_(False)
     log.info("model %s: %s, %s on %s", name, type(model).__name__, model.dtype, device_map or target)
     return model, tokenizer
+
+
+def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights.
+
+    Raises:
+        SphereError: unknown model, or a tokenizer that cannot be read.
+    """
+    options = _source(name)
+    source = options.pop("source")
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SphereError(
+            f"Cannot load the tokenizer of '{name}' ({reason}): give a folder with its files, a hub id, or "
+            f"'{DEFAULT_MODEL}'.",
+            argument="model_name",
+        ) from error
 
 
 def meta_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:

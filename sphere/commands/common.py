@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
-from sphere.runs.config import RunConfig, Setting, settings
+from sphere.runs.config import OWN_FACTS, RunConfig, Setting, settings
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -116,9 +116,22 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
     )
 
 
+def add_run_settings(parser: argparse.ArgumentParser) -> Groups:
+    """All flags of a run, as `config_of` reads them."""
+    limit = settings()["dataset_size_limit"]
+    text = f"{limit.help} (default: {limit.default}; all of --facts)"
+    return add_settings(parser, dataset_size_limit={"default": None, "help": text})
+
+
 def config_of(arguments: argparse.Namespace) -> RunConfig:
-    """The run that parsed flags stand for; flags of the command's own are left out."""
-    return RunConfig(**{name: value for name, value in vars(arguments).items() if name in settings()})
+    """The run that the flags of `add_run_settings` stand for; flags of the command's own are left out."""
+    values = {name: value for name, value in vars(arguments).items() if name in settings()}
+    if values["facts"] is not None:
+        if values["ds_name"] == RunConfig.ds_name:
+            values["ds_name"] = OWN_FACTS
+    elif values["dataset_size_limit"] is None:
+        del values["dataset_size_limit"]
+    return RunConfig(**values)
 
 
 def add_generation_flags(group: argparse._ArgumentGroup) -> None:

@@ -30,7 +30,7 @@ import argparse
 
 from sphere.commands.common import (
     add_generation_flags,
-    add_settings,
+    add_run_settings,
     config_of,
     generation_interval,
     make_parser,
@@ -40,7 +40,7 @@ from sphere.commands.common import (
 def parser() -> argparse.ArgumentParser:
     """The flags; those that decide the run are the fields of `sphere.runs.config.RunConfig`."""
     parser = make_parser(__doc__, "sphere edit")
-    groups = add_settings(parser)
+    groups = add_run_settings(parser)
     groups["editing"].add_argument(
         "--dry_run",
         action="store_true",
@@ -92,11 +92,14 @@ def main(argv: list[str] | None = None) -> int:
         run.records,
         generation_interval=interval,
         data_dir=config.data_dir,
-        dataset=load_records(config.ds_name, config.data_dir) if interval else None,
+        dataset=load_records(config.ds_name, config.data_dir) if interval and not config.facts else None,
+        notes=run.notes,
         passes=config.passes,
         seed=config.seed,
         processes=run.processes,
     )
     say(format_table(summary))
+    for note in run.notes.values():
+        say(f"Note: {note}")
     say(f"\nScores: {run.folder / 'summary' / 'summary.json'}")
     return 0

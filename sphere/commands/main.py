@@ -1,5 +1,6 @@
 """`sphere`: one command with a subcommand for each thing that can be done.
 
+    sphere check      show how a table of facts will be read, and what is wrong with it
     sphere edit       edit a model in batches, and score what the edits did
     sphere score      score the checkpoints of a run, or run the downstream tasks on them
     sphere report     compare runs in figures and one HTML page
@@ -18,7 +19,7 @@ import sys
 
 from sphere.commands.common import Parser, run_cli
 
-COMMANDS = ("edit", "score", "report", "sweep", "plan", "methods", "hparams")
+COMMANDS = ("check", "edit", "score", "report", "sweep", "plan", "methods", "hparams")
 
 
 def main(argv: list[str] | None = None) -> int:

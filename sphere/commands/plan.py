@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import argparse
 
-from sphere.commands.common import add_settings, config_of, make_parser
+from sphere.commands.common import add_run_settings, config_of, make_parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags: the fields of `sphere.runs.config.RunConfig`."""
     parser = make_parser(__doc__, "sphere plan")
-    add_settings(parser)
+    add_run_settings(parser)
     return parser
 
 

@@ -79,9 +79,15 @@ def _edits(args: argparse.Namespace) -> int:
     from sphere.evaluation.evaluate_run import evaluate_run
     from sphere.evaluation.summary import format_table
     from sphere.models import load_model
+    from sphere.runs.config import OWN_FACTS
+    from sphere.runs.facts_file import read_run_facts
 
     list_checkpoints(args.weight_folder)  # a wrong folder is reported before anything is loaded
-    records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)
+    own = args.ds_name == OWN_FACTS
+    if own:
+        records, notes = read_run_facts(args.weight_folder)
+    else:
+        records, notes = load_records(args.ds_name, args.data_dir, args.dataset_size_limit), {}
     processes = start(args.device, args.device_map)
     model, tokenizer = load_model(args.model_name, processes.device, args.dtype, args.device_map)
     interval = generation_interval(args)
@@ -92,8 +98,9 @@ def _edits(args: argparse.Namespace) -> int:
         records,
         generation_interval=interval,
         data_dir=args.data_dir,
-        dataset=load_records(args.ds_name, args.data_dir) if interval else None,
+        dataset=load_records(args.ds_name, args.data_dir) if interval and not own else None,
         ds_name=args.ds_name,
+        notes=notes,
         passes=_passes(args),
         seed=args.seed,
         processes=processes,

@@ -6,11 +6,11 @@ be encoded, or contradictory. Knows nothing of files.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sphere.data.subjects import with_place
 from sphere.errors import SphereError
 from sphere.requests import EditRequest, check_text
 
@@ -111,12 +111,10 @@ def _zsre(entry: Mapping[str, Any], index: int) -> Record:
 
 def _template(question: str, subject: str) -> str:
     """Put `{}` in the subject's place: its first occurrence as whole words, else as part of one."""
-    found = re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", question) or re.search(
-        re.escape(subject), question
-    )
-    if not found:
+    template = with_place(question, subject)
+    if template is None:
         raise SphereError(f"its subject {subject!r} is not in 'src': {question!r}")
-    return question[: found.start()] + "{}" + question[found.end() :]
+    return template
 
 
 def _get(entry: Mapping[str, Any], key: str, *kinds: type, name: str | None = None) -> Any:

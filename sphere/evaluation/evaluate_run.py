@@ -56,6 +56,7 @@ def evaluate_run(
     data_dir: str | Path = "data",
     dataset: Sequence[Record] | None = None,
     ds_name: str | None = None,
+    notes: Mapping[str, str] | None = None,
     passes: PassOptions | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -73,6 +74,7 @@ def evaluate_run(
         dataset: all records at hand, from which reference texts are built where none are published (default:
             `records`).
         ds_name: checked against the run's own, where both are known.
+        notes: what the summary shall say of the records, by what it speaks of.
         passes: how forward passes are cut, and whether memory is saved.
         seed: of generation and of the bootstrap.
         processes: among which the cases are shared out; the main one writes the files.
@@ -106,6 +108,7 @@ def evaluate_run(
         with states.temporarily(passes.offload_device):
             rows = _rows(scoring, states, seed)
         summary = _summary(model, folder, states, generator, rows, ds_name)
+        summary["notes"] |= notes or {}
         processes.on_main(lambda: write_json(folder / FOLDER / SUMMARY_NAME, summary))
     return summary
 

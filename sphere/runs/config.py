@@ -8,6 +8,7 @@ nothing, and is imported without PyTorch.
 from __future__ import annotations
 
 import platform
+import re
 import shlex
 import typing
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from sphere.resources import find
 if TYPE_CHECKING:
     from sphere.forward.passes import PassOptions
 
+OWN_FACTS = "facts"  # the dataset's name where `facts` gives it
 PROGRAM = ("python", "-m", "sphere")  # in a checkout and where the package is installed
 
 
@@ -54,8 +56,23 @@ class RunConfig:
     ds_name: str = _setting(
         "starter",
         "data",
-        "starter (embedded), cf (CounterFact), mcf (the part of it that MEMIT uses) or zsre",
-        choices=tuple(FILES),
+        "starter (embedded), cf (CounterFact), mcf (the part of it that MEMIT uses), zsre, or facts: your own",
+        choices=(*FILES, OWN_FACTS),
+    )
+    facts: str | None = _setting(
+        None,
+        "data",
+        "your own facts: a .csv, .tsv, .json or .jsonl file, or - for standard input; `sphere check` shows how it is "
+        "read",
+    )
+    subjects: str | None = _setting(
+        None, "data", "a file with a subject on each line, for facts whose rows name none"
+    )
+    on_bad_record: str = _setting(
+        "stop",
+        "data",
+        "whether rows of --facts that cannot be used stop the run or are skipped",
+        choices=("stop", "skip"),
     )
     dataset_size_limit: int | None = _setting(40, "data", "use only the first so many records", at_least=1)
     num_edits: int = _setting(20, "editing", "edits per batch", at_least=1)
@@ -174,6 +191,11 @@ class RunConfig:
             raise SphereError(
                 f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.", argument="seed"
             )
+        if (self.ds_name == OWN_FACTS) != (self.facts is not None):
+            raise SphereError(
+                f"The dataset '{OWN_FACTS}' is the table that facts names: give both, or neither.",
+                argument=("ds_name", "facts"),
+            )
         if self.continue_from_run and self.overwrite:
             raise SphereError(
                 "A run cannot be both continued and replaced: ask for one of them.",
@@ -242,7 +264,7 @@ def folder_of(config: RunConfig) -> Path:
         config.output_dir,
         config.alg_name,
         model_label(config.model_name),
-        config.ds_name,
+        data_label(config),
         config.num_edits,
         config.beta_hse,
         alpha_of(config),
@@ -254,6 +276,14 @@ def folder_of(config: RunConfig) -> Path:
     if config.revive_tau != RunConfig.revive_tau:
         more.append(f"tau_{config.revive_tau:g}")
     return folder.with_name("_".join([folder.name, *more]))
+
+
+def data_label(config: RunConfig) -> str:
+    """What a run's folder calls its data: the dataset, or the name of a table of one's own."""
+    if config.facts is None:
+        return config.ds_name
+    name = re.sub(r"[^\w.-]+", "_", Path(config.facts).stem).strip("_.-")
+    return name or OWN_FACTS
 
 
 def alpha_of(config: RunConfig) -> float:

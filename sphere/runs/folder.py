@@ -49,7 +49,7 @@ BESIDE = (JOB_NAME, LOCK_NAME, HOLDER_NAME)  # not the run's, and in nobody's wa
 # Paths in a run's folder; each group is a number of edits.
 RUN_FILE = re.compile(
     r"""
-      run\.json | batches\.jsonl | edit_(\d+)\.safetensors | resume(?:_(\d+))?\.safetensors
+      run\.json | facts\.json | batches\.jsonl | edit_(\d+)\.safetensors | resume(?:_(\d+))?\.safetensors
     | tensorboard/events\.out\.tfevents\.[^/]+
     | summary/(?: summary\.json | cases_edit_(\d+)\.jsonl )
     | rect_eval/summary\.json

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sphere.checkpoints import (
     write_checkpoint,
     write_resume,
 )
+from sphere.data.facts import Facts
 from sphere.data.records import Record, load_records
 from sphere.distributed import Processes, start
 from sphere.editor import BatchReport, Editor
@@ -42,6 +43,7 @@ from sphere.runs.config import (
     rules_of,
     saved_at,
 )
+from sphere.runs.facts_file import complete_facts, load_facts, write_facts
 from sphere.runs.folder import LOG_NAME, ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
 from sphere.runs.hparams import hparams_of
 from sphere.runs.lengths import check_records
@@ -58,6 +60,7 @@ class Run:
         folder: checkpoints, configuration and log.
         records: the records that were edited, in order.
         reports: one per batch of this session (those before a resume are in the log only).
+        notes: what a summary of the scores shall say of the facts, by what it speaks of.
     """
 
     folder: Path
@@ -66,6 +69,7 @@ class Run:
     editor: Editor
     records: list[Record]
     reports: list[BatchReport]
+    notes: dict[str, str] = field(default_factory=dict)
 
     @property
     def processes(self) -> Processes:
@@ -90,17 +94,33 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
             check_tensorboard()
         hparams = hparams_of(config)
         method.rules(hparams, config.beta_hse, alpha_of(config))  # bad ratios are reported first
-        records = load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
-        batches = [records[i : i + config.num_edits] for i in range(0, len(records), config.num_edits)]
-        saved = saved_at(config.checkpoints, _ends(batches))
+        facts = processes.on_main(lambda: _own_facts(config))
+        records = facts.records if facts else _published(config)
+        saved = saved_at(config.checkpoints, _ends(_batches(config, records)))
         with locked(folder_of(config), processes):
-            return _execute(config, hparams, batches, saved, command, processes)
+            return _execute(config, hparams, records, facts, saved, command, processes)
+
+
+def _own_facts(config: RunConfig) -> Facts | None:
+    """The user's table of facts, where the run edits one."""
+    if config.facts is None:
+        return None
+    return load_facts(config.facts, config.subjects, config.on_bad_record, config.dataset_size_limit)
+
+
+def _published(config: RunConfig) -> list[Record]:
+    return load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
+
+
+def _batches(config: RunConfig, records: Sequence[Record]) -> list[Sequence[Record]]:
+    return [records[i : i + config.num_edits] for i in range(0, len(records), config.num_edits)]
 
 
 def _execute(
     config: RunConfig,
     hparams: ModuleHParams,
-    batches: Sequence[Sequence[Record]],
+    records: list[Record],
+    facts: Facts | None,
     saved: set[int],
     command: str | None,
     processes: Processes,
@@ -110,9 +130,14 @@ def _execute(
     previous = processes.on_main(
         lambda: open_folder(folder, continue_from_run=config.continue_from_run, overwrite=config.overwrite)
     )
-    records = [record for batch in batches for record in batch]
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model_name, processes.device, config.dtype, config.device_map)
+    notes: dict[str, str] = {}
+    if facts:
+        records, notes = processes.on_main(
+            lambda: complete_facts(model, tokenizer, facts, folder, config.passes)
+        )
+    batches = _batches(config, records)
     log.info(
         "%s on %d records in %d batches of %d.", config.alg_name, len(records), len(batches), config.num_edits
     )
@@ -120,6 +145,8 @@ def _execute(
     check_records(editor, records)
     decided = _decided(config, hparams.to_dict(), records, editor)
     _begin_or_continue(folder, decided, previous, editor, describe(config, command))
+    if facts and not previous:
+        processes.on_main(lambda: write_facts(folder, str(config.facts), facts, records, notes))
     monitor = monitor_of(editor, folder, config.log_energy_every)
     writer = (
         TensorBoardWriter(folder / TENSORBOARD_FOLDER, editor.n_edits)
@@ -127,7 +154,7 @@ def _execute(
         else None
     )
     reports = _edit(editor, batches, folder, saved, monitor, writer)
-    return Run(folder, model, tokenizer, editor, records, reports)
+    return Run(folder, model, tokenizer, editor, records, reports, notes)
 
 
 def _editor_of(

@@ -1,0 +1,177 @@
+"""Anyone's facts in a run: read before it begins, completed by the unedited model, kept in its folder.
+
+    <folder>/facts.json    {"format", "source", "notes", "skipped": [{"row", "reason"}], "records": the facts as edited}
+
+The folder then holds all that scoring needs, whatever becomes of the user's table. A run that is continued takes the
+answers that the unedited model gave at its beginning from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from sphere.data.facts import Facts, read_facts, repeated
+from sphere.data.records import Record
+from sphere.errors import SphereError
+from sphere.evaluation.unedited_answers import complete
+from sphere.files import read_json, write_json
+from sphere.forward.passes import PassOptions
+from sphere.requests import EditRequest
+from sphere.resources import shipped
+
+log = logging.getLogger(__name__)
+
+FACTS_NAME = "facts.json"
+FORMAT = 1
+CONTROLS = "data/control_prompts.json"
+SHOWN = 5  # bad rows that one error names
+ON_BAD_RECORD = ("stop", "skip")
+
+
+def load_facts(source: str, subjects: str | None, on_bad_record: str, limit: int | None = None) -> Facts:
+    """The facts of a user's table, or of the part of it that can be used.
+
+    Args:
+        source: a file, or "-".
+        subjects: a file with a subject on each line, or None.
+        on_bad_record: "stop" refuses a table with bad rows, "skip" leaves them out, with a warning.
+        limit: use only the first so many good rows.
+
+    Raises:
+        SphereError: an unreadable table, bad rows, or no good one.
+    """
+    facts = read_facts(source, read_subjects(subjects) if subjects else ())
+    for sentence in [*facts.notes, *repeated(facts)]:
+        log.info("%s: %s", source, sentence)
+    if facts.bad and on_bad_record == "stop":
+        shown = "; ".join(f"row {bad.number}: {bad.reason.rstrip('.')}" for bad in facts.bad[:SHOWN])
+        raise SphereError(
+            f"{len(facts.bad)} of {len(facts.bad) + len(facts.records)} rows of {source} cannot be used ({shown}): "
+            "correct them, see all with `sphere check`, or skip them.",
+            argument=("facts", "on_bad_record"),
+        )
+    for bad in facts.bad:
+        log.warning("%s: row %d is skipped: %s", source, bad.number, bad.reason)
+    if not facts.records:
+        raise SphereError(f"{source} holds no fact that can be used.", argument="facts")
+    log.info("%s: %d facts, %d rows skipped", source, len(facts.records), len(facts.bad))
+    return dataclasses.replace(facts, records=facts.records[:limit])
+
+
+def read_subjects(path: str | Path) -> list[str]:
+    """Names of subjects, one on each line.
+
+    Raises:
+        SphereError: no such file, or no UTF-8 text.
+    """
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SphereError(
+            f"Cannot read the list of subjects {path}: {error}.", argument="subjects"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def complete_facts(
+    model: Any, tokenizer: PreTrainedTokenizerBase, facts: Facts, folder: Path, passes: PassOptions
+) -> tuple[list[Record], dict[str, str]]:
+    """Facts with what they leave open, and notes on it: from the run's folder, else asked of the unedited model."""
+    kept = _kept(folder)
+    if kept is not None:
+        by_id = {record.case_id: record for record in kept["records"]}
+        if all(_fits(record, by_id.get(record.case_id)) for record in facts.records):
+            return [by_id[record.case_id] for record in facts.records], kept["notes"]
+    controls = [
+        (entry["prompt"], entry["answer"]) for entry in read_json(shipped(CONTROLS), "control prompts")
+    ]
+    return complete(model, tokenizer, facts.records, controls, passes)
+
+
+def write_facts(
+    folder: Path, source: str, facts: Facts, records: Sequence[Record], notes: Mapping[str, str]
+) -> None:
+    """Keep the facts of a run in its folder, atomically."""
+    content = {
+        "format": FORMAT,
+        "source": source,
+        "notes": dict(notes),
+        "skipped": [{"row": bad.number, "reason": bad.reason} for bad in facts.bad],
+        "records": [_to_json(record) for record in records],
+    }
+    write_json(folder / FACTS_NAME, content)
+
+
+def read_run_facts(folder: str | Path) -> tuple[list[Record], dict[str, str]]:
+    """The facts that a run edited, complete, and what its summary shall say of them.
+
+    Raises:
+        SphereError: the folder holds none.
+    """
+    kept = _kept(Path(folder))
+    if kept is None:
+        raise SphereError(
+            f"{folder} holds no {FACTS_NAME}: it is no run of a table of facts, or it was cut off as it began.",
+            argument="ds_name",
+        )
+    notes = dict(kept["notes"])
+    if kept["skipped"]:
+        notes["skipped"] = f"{len(kept['skipped'])} rows of the table were skipped: see {FACTS_NAME}."
+    return kept["records"], notes
+
+
+def _kept(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's facts.json with its records; None where there is none."""
+    path = folder / FACTS_NAME
+    if not path.exists():
+        return None
+    content = read_json(path, "facts of the run")
+    try:
+        if content["format"] != FORMAT:
+            raise SphereError(
+                f"{path} is of format {content['format']}, this version reads {FORMAT}: update it."
+            )
+        return {**content, "records": [_from_json(entry) for entry in content["records"]]}
+    except (KeyError, TypeError) as error:
+        raise SphereError(f"{path} is not what a run writes ({error!r}): restore it.") from error
+
+
+def _fits(record: Record, kept: Record | None) -> bool:
+    """Whether a kept record is this one, with its open answers filled in."""
+    if kept is None:
+        return False
+    request = record.request
+    if request.target_true is None:
+        request = dataclasses.replace(request, target_true=kept.request.target_true)
+    neighborhood = kept.neighborhood
+    if record.neighborhood and len(neighborhood) == len(record.neighborhood):
+        neighborhood = tuple(
+            (prompt, known if answer is None else answer)
+            for (prompt, answer), (_, known) in zip(record.neighborhood, neighborhood, strict=True)
+        )
+    return dataclasses.replace(record, request=request, neighborhood=neighborhood) == kept
+
+
+def _to_json(record: Record) -> dict[str, Any]:
+    request = dataclasses.asdict(record.request)
+    return {
+        **request,
+        "paraphrases": list(record.paraphrase_prompts),
+        "neighborhood": [list(pair) for pair in record.neighborhood],
+    }
+
+
+def _from_json(entry: Mapping[str, Any]) -> Record:
+    names = [field.name for field in dataclasses.fields(EditRequest)]
+    return Record(
+        entry["case_id"],
+        EditRequest(**{name: entry[name] for name in names if name in entry}),
+        paraphrase_prompts=tuple(entry["paraphrases"]),
+        neighborhood=tuple((prompt, answer) for prompt, answer in entry["neighborhood"]),
+    )
