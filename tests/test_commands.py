@@ -38,9 +38,17 @@ Streams = pytest.CaptureFixture[str]
 
 
 def test_every_setting_of_a_run_is_a_flag_with_the_same_default() -> None:
-    arguments = vars(evaluate.parser().parse_args([]))
+    arguments = evaluate.parser().parse_args([])
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-    assert {name: str(arguments[name]) for name in defaults} == {k: str(v) for k, v in defaults.items()}
+    assert vars(config_of(arguments)) == defaults
+    assert defaults.keys() <= vars(arguments).keys()
+
+
+def test_facts_are_edited_whole_unless_a_limit_is_given() -> None:
+    config = config_of(evaluate.parser().parse_args(["--facts=f.csv"]))
+    assert (config.ds_name, config.dataset_size_limit) == ("facts", None)
+    config = config_of(evaluate.parser().parse_args(["--facts=f.csv", "--dataset_size_limit=40"]))
+    assert config.dataset_size_limit == 40
 
 
 def test_flags_sweep_keys_and_commands_are_made_of_the_same_fields(tmp_path: Path) -> None:
@@ -51,7 +59,8 @@ def test_flags_sweep_keys_and_commands_are_made_of_the_same_fields(tmp_path: Pat
     keys = {field.name: field for field in dataclasses.fields(schema())}
     sweep = {"sweep_dir": str(tmp_path), "generation_interval": 0, "devices": []}
     for name, setting in settings().items():
-        assert actions[name].default == setting.default
+        if name != "dataset_size_limit":  # whose default depends on whether facts are given
+            assert actions[name].default == setting.default
         assert (actions[name].choices or ()) == setting.choices
         assert actions[name].option_strings == [f"--{spelled}" for spelled in (name, *setting.old_names)]
         if name in ("output_dir", "continue_from_run", "overwrite"):  # a sweep decides these itself
@@ -63,6 +72,8 @@ def test_flags_sweep_keys_and_commands_are_made_of_the_same_fields(tmp_path: Pat
         config = RunConfig(**{name: other})
         words = shlex.split(command_of(dataclasses.asdict(config)))
         assert words[4:] == [f"--{name}" if other is True else f"--{name}={other}"]
+        if name == "facts":  # of which all are meant
+            config = dataclasses.replace(config, dataset_size_limit=None)
         assert config_of(evaluate.parser().parse_args(words[4:])) == config
         assert getattr(job_of(sweep | {name: other}).config, name) == other
 
@@ -85,7 +96,7 @@ def test_the_old_name_of_a_setting_still_counts(value: str) -> None:
     [
         ({"num_edits": 0}, "num_edits must be at least 1, got 0"),
         ({"dataset_size_limit": -1}, "dataset_size_limit must be at least 1, got -1"),
-        ({"ds_name": "foo"}, "ds_name is one of starter, cf, mcf, zsre, got 'foo'"),
+        ({"ds_name": "foo"}, "ds_name is one of starter, cf, mcf, zsre, facts, got 'foo'"),
         ({"z_matmul_dtype": "int8"}, "z_matmul_dtype is one of model, bfloat16, got 'int8'"),
         ({"on_breakdown": "go"}, "on_breakdown is one of stop, continue, got 'go'"),
     ],

@@ -126,8 +126,8 @@ def test_bad_rows_stop_or_are_skipped(world: TinyRun, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"facts": "f.csv"}, "give both, or neither"),
-        ({"ds_name": "facts"}, "give both, or neither"),
+        ({"facts": "f.csv", "ds_name": "mcf"}, "no other dataset"),
+        ({"ds_name": "facts"}, "give that table"),
         ({"ds_name": "facts", "facts": "none.csv"}, "No table of facts"),
     ],
 )

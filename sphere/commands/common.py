@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
-from sphere.runs.config import OWN_FACTS, RunConfig, Setting, settings
+from sphere.runs.config import RunConfig, Setting, settings
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -126,10 +126,7 @@ def add_run_settings(parser: argparse.ArgumentParser) -> Groups:
 def config_of(arguments: argparse.Namespace) -> RunConfig:
     """The run that the flags of `add_run_settings` stand for; flags of the command's own are left out."""
     values = {name: value for name, value in vars(arguments).items() if name in settings()}
-    if values["facts"] is not None:
-        if values["ds_name"] == RunConfig.ds_name:
-            values["ds_name"] = OWN_FACTS
-    elif values["dataset_size_limit"] is None:
+    if values["facts"] is None and values["dataset_size_limit"] is None:
         del values["dataset_size_limit"]
     return RunConfig(**values)
 

@@ -264,16 +264,18 @@ def _paraphrases(value: Any, subject: str) -> tuple[str, ...]:
 
 def _neighborhood(values: Mapping[str, Any]) -> tuple[tuple[str, str | None], ...]:
     """(prompt, answer) of each neighbor; the answer is None where the row has none."""
-    neighbors = [_neighbor(entry) for entry in _list(values.get("neighborhood"))]
+    neighbors: list[tuple[str, str | None]] = [
+        _neighbor(entry) for entry in _list(values.get("neighborhood"))
+    ]
     answers = _list(values.get("neighborhood_answer"))
     if answers and len(answers) == len(neighbors):
-        neighbors = [(prompt, str(answer)) for (prompt, _), answer in zip(neighbors, answers, strict=True)]
+        neighbors = [(pair[0], str(answer)) for pair, answer in zip(neighbors, answers, strict=True)]
     elif answers:
         raise SphereError(f"it has {len(neighbors)} neighborhood prompts but {len(answers)} answers to them")
-    for prompt, answer in neighbors:
-        check_text(prompt, "a prompt of its neighborhood")
-        if answer is not None:
-            check_text(answer, "an answer of its neighborhood")
+    for asked, known in neighbors:
+        check_text(asked, "a prompt of its neighborhood")
+        if known is not None:
+            check_text(known, "an answer of its neighborhood")
     return tuple(neighbors)
 
 

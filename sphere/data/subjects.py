@@ -52,8 +52,9 @@ class SubjectFinder:
     def _matcher(self) -> Any:
         from spacy.matcher import Matcher
 
-        capital, inner = {"SHAPE": {"REGEX": "^X"}}, {"SHAPE": {"REGEX": "^[Xd]"}}
-        joining = {"LOWER": {"IN": list(JOINING)}}
+        capital: dict[str, Any] = {"SHAPE": {"REGEX": "^X"}}
+        inner: dict[str, Any] = {"SHAPE": {"REGEX": "^[Xd]"}}
+        joining: dict[str, Any] = {"LOWER": {"IN": list(JOINING)}}
         matcher = Matcher(self._nlp.vocab)
         run = [capital, {**inner, "OP": "*"}]
         joined = [*run, {**joining, "OP": "+"}, inner, {**inner, "OP": "*"}]

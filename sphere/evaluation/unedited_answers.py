@@ -14,7 +14,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+import torch
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
 from sphere.data.records import Record
 from sphere.errors import SphereError
@@ -157,20 +158,26 @@ def _say(
         eos_token_id=tokenizer.eos_token_id,
     )
     width = max(map(len, rows))
-
-    def avoid(ids: Any, scores: Any) -> Any:
-        if ids.shape[1] == width:
-            for row, tokens in enumerate(avoided):
-                scores[row, list(tokens)] = -float("inf")
-        return scores
-
-    ids = generate(model, rows, config, avoid)  # rows x (width + new)
+    ids = generate(model, rows, config, _Avoid(width, avoided))  # rows x (width + new)
     new = ids[:, width:]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     return [
         (int(row[0]), text.lstrip("\n").partition("\n")[0].strip())
         for row, text in zip(new, texts, strict=True)
     ]
+
+
+class _Avoid(LogitsProcessor):
+    """Keeps the first new token of each row from being one of those that are avoided."""
+
+    def __init__(self, width: int, avoided: Sequence[set[int]]) -> None:
+        self.width, self.avoided = width, avoided
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if input_ids.shape[1] == self.width:
+            for row, tokens in enumerate(self.avoided):
+                scores[row, list(tokens)] = -torch.inf
+        return scores
 
 
 def _same(answer: str, other: str) -> bool:

@@ -60,11 +60,11 @@ def check_facts(
         SphereError: the table or the model cannot be read.
     """
     facts = read_facts(source, read_subjects(subjects) if subjects else ())
-    model = None
-    if known:
-        model, tokenizer = load_model(model_name or "", device, dtype)
-    else:
-        tokenizer = load_tokenizer(model_name) if model_name else None
+    model, tokenizer = None, None
+    if known and model_name:
+        model, tokenizer = load_model(model_name, device, dtype)
+    elif model_name:
+        tokenizer = load_tokenizer(model_name)
     good, bad = _readable(facts, tokenizer)
     told = repeated(facts)
     said = _known(model, tokenizer, good) if model is not None and tokenizer is not None else []
@@ -109,10 +109,9 @@ def _shown(record: Record, facts: Facts, tokenizer: PreTrainedTokenizerBase | No
             f"{number:>6}  {request.prompt.replace('{}', f'[{request.subject}]')}  =>  {request.target_new}"
         )
     ids, lookup, start = _tokens(record, tokenizer)
-    before, at, behind = (
-        tokenizer.decode(part) for part in (ids[:lookup], [ids[lookup]], ids[lookup + 1 : start])
-    )
-    target = "|".join(tokenizer.decode([token]) for token in ids[start:])
+    parts = (ids[:lookup], [ids[lookup]], ids[lookup + 1 : start])
+    before, at, behind = (str(tokenizer.decode(part)) for part in parts)
+    target = "|".join(str(tokenizer.decode([token])) for token in ids[start:])
     return f"{number:>6}  {before}[{at}]{behind}  =>  {target}"
 
 

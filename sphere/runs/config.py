@@ -162,6 +162,10 @@ class RunConfig:
     )
     overwrite: bool = _setting(False, "output", "replace a run that is already there")
 
+    def __post_init__(self) -> None:
+        if self.facts is not None and self.ds_name == RunConfig.ds_name:
+            object.__setattr__(self, "ds_name", OWN_FACTS)  # `facts` alone says what the dataset is
+
     @property
     def passes(self) -> PassOptions:
         """How this run's forward passes are cut."""
@@ -193,7 +197,7 @@ class RunConfig:
             )
         if (self.ds_name == OWN_FACTS) != (self.facts is not None):
             raise SphereError(
-                f"The dataset '{OWN_FACTS}' is the table that facts names: give both, or neither.",
+                f"The dataset '{OWN_FACTS}' is the table that facts names: give that table, and no other dataset.",
                 argument=("ds_name", "facts"),
             )
         if self.continue_from_run and self.overwrite:
@@ -342,8 +346,8 @@ def describe(config: RunConfig, command: str | None) -> dict[str, Any]:
 def command_of(config: Mapping[str, Any]) -> str:
     """The command that makes a run of this configuration (`run.json`, or a `RunConfig` as a dictionary) again."""
     words = [*PROGRAM, "edit"]
-    skipped = {"continue_from_run", "overwrite"}
     values = by_new_names(config)
+    skipped = {"continue_from_run", "overwrite"} | ({"ds_name"} if values.get("facts") else set())
     if values.get("dataset_size_limit") is None and "case_ids" in values:
         values["dataset_size_limit"] = len(values["case_ids"])  # the command's own default is no "all"
     for setting in settings().values():
