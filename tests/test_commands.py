@@ -245,9 +245,7 @@ def test_a_run_knows_the_command_that_makes_it_again(tiny: TinyRun) -> None:
     config = tiny.config(alpha=0.25, use_cache=True)
     words = command_of(dataclasses.asdict(config)).split()
     assert words[:3] == ["python", "-m", "sphere"]
-    arguments = vars(evaluate.parser().parse_args(words[4:]))
-    for field in dataclasses.fields(RunConfig):
-        assert str(arguments[field.name]) == str(getattr(config, field.name))
+    assert config_of(evaluate.parser().parse_args(words[4:])) == config
 
 
 # ---- errors ----

@@ -264,16 +264,14 @@ def _paraphrases(value: Any, subject: str) -> tuple[str, ...]:
 
 def _neighborhood(values: Mapping[str, Any]) -> tuple[tuple[str, str | None], ...]:
     """(prompt, answer) of each neighbor; the answer is None where the row has none."""
-    neighbors: list[tuple[str, str | None]] = [
-        _neighbor(entry) for entry in _list(values.get("neighborhood"))
-    ]
+    neighbors = [_neighbor(entry) for entry in _list(values.get("neighborhood"))]
     answers = _list(values.get("neighborhood_answer"))
-    if answers and len(answers) == len(neighbors):
-        neighbors = [(pair[0], str(answer)) for pair, answer in zip(neighbors, answers, strict=True)]
-    elif answers:
+    if answers and len(answers) != len(neighbors):
         raise SphereError(f"it has {len(neighbors)} neighborhood prompts but {len(answers)} answers to them")
-    for asked, known in neighbors:
-        check_text(asked, "a prompt of its neighborhood")
+    for place, answer in enumerate(answers):
+        neighbors[place] = neighbors[place][0], str(answer)
+    for prompt, known in neighbors:
+        check_text(prompt, "a prompt of its neighborhood")
         if known is not None:
             check_text(known, "an answer of its neighborhood")
     return tuple(neighbors)
@@ -284,10 +282,10 @@ def _neighbor(entry: Any) -> tuple[str, str | None]:
         prompt, arrow, answer = entry.partition(ARROW)
         return (prompt.strip(), answer.strip()) if arrow else (entry, None)
     if isinstance(entry, dict) and isinstance(entry.get("prompt"), str):
-        answer = entry.get("answer", entry.get("ground_truth"))
-        while isinstance(answer, list) and answer:
-            answer = answer[0]
-        return entry["prompt"], None if answer is None or answer == [] else str(answer)
+        given = entry.get("answer", entry.get("ground_truth"))
+        while isinstance(given, list) and given:
+            given = given[0]
+        return entry["prompt"], None if given is None or given == [] else str(given)
     if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
         return entry[0], entry[1]
     raise SphereError(
