@@ -15,8 +15,10 @@ from conftest import tiny_llama
 
 from sphere import SphereError, embedded, load_model
 from sphere.embedded import EMBEDDED, Embedded, assemble, part_files
+from sphere.fingerprint import fingerprint
 from sphere.kept_folders import cache_folder, kept_folder
 from sphere.models import meta_model
+from sphere.values.self_text import sampling_key, shipped_documents
 from sphere.values.tokenization import encode
 
 GEMMA = "gemma-3-270m"
@@ -201,7 +203,7 @@ def test_gemmas_parts_are_the_file_that_is_declared():
 
 
 def test_gemma_is_configured_and_continues_texts(monkeypatch):
-    """Its published configuration, BOS, and a fact that it knows; only where it is kept already, for time's sake."""
+    """Its published configuration, its shipped text, BOS, and a fact that it knows; only where it is kept already."""
     if not any(USERS_CACHE.glob(f"{GEMMA}-*-transformers-{transformers.__version__}/kept.json")):
         pytest.skip(f"{GEMMA} was never loaded here, and putting it together takes minutes")
     monkeypatch.setenv("XDG_CACHE_HOME", str(USERS_CACHE.parent))
@@ -215,6 +217,9 @@ def test_gemma_is_configured_and_continues_texts(monkeypatch):
     assert config.rope_parameters["sliding_attention"]["rope_theta"] == 1e4
     assert config.rms_norm_eps == pytest.approx(1e-6)
     assert model.lm_head.weight is model.get_input_embeddings().weight
+    documents = shipped_documents(sampling_key(fingerprint(model), tokenizer, 0, 100), 100)
+    assert documents is not None
+    assert {(len(ids), ids[0]) for ids in documents} == {(100, tokenizer.bos_token_id)}
     ids = encode(tokenizer, "Albert Einstein was born in").ids
     assert ids[0] == tokenizer.bos_token_id
     written = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=10)
