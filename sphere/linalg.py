@@ -153,3 +153,34 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     s, near = values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
     far = small.T @ near / s.clamp(min=1e-8 * s[0].clamp(min=1e-300))  # larger side x m
     return (near, s, far) if wide else (far, s, near)
+
+
+def extreme_eigenvalues(matrix: Tensor, steps: int = 48) -> tuple[float, float]:
+    """The smallest and the largest Ritz value of a symmetric matrix, by Lanczos with full reorthogonalisation.
+
+    They lie within the spectrum; an eigenvalue well outside the others is found to several digits.
+
+    Args:
+        matrix: (n x n), multiplied in its own precision, at least float32.
+        steps: products with the matrix.
+    """
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(matrix), generator=generator, dtype=torch.float64).to(matrix.device)
+    basis = torch.zeros(min(steps, len(matrix)), len(matrix), dtype=torch.float64, device=matrix.device)
+    vector, diagonal, beside = start / start.norm(), [], []  # of the tridiagonal matrix
+    for row in basis:
+        row.copy_(vector)
+        product = (matrix @ vector.to(matrix.dtype)).double()
+        diagonal.append(product @ vector)
+        for _ in range(2):  # once more: what rounding has left
+            product -= basis.T @ (basis @ product)
+        norm = product.norm()
+        if norm <= torch.finfo(matrix.dtype).eps * matrix.diagonal().abs().max():
+            break  # the vectors span an invariant subspace
+        beside.append(norm)
+        vector = product / norm
+    off = torch.stack(beside[: len(diagonal) - 1]) if len(diagonal) > 1 else start.new_zeros(0)
+    tridiagonal = torch.diag(torch.stack(diagonal)) + torch.diag(off, 1) + torch.diag(off, -1)
+    ritz = torch.linalg.eigvalsh(tridiagonal)
+    return float(ritz[0]), float(ritz[-1])

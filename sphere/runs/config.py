@@ -118,6 +118,12 @@ class RunConfig:
     )
     hparams_dir: str = _setting("hparams", "editing", "where hyperparameter files are")
     stats_dir: str = _setting("data/stats", "output", "where second moments are kept for later runs")
+    stats_from: str | None = _setting(
+        None,
+        "data",
+        "a .npz file or a folder of second moments that ROME, MEMIT or AlphaEdit have computed, in place of computing "
+        "them (default: those that lie in these projects' places in --stats_dir)",
+    )
     cache_dir: str = _setting("data/cache", "output", "where --use_cache keeps target values")
     output_dir: str = _setting("Edited_Weight", "output", "where runs are written")
     checkpoints: str = _setting(

@@ -179,6 +179,7 @@ def _editor_of(
         seed=config.seed,
         model_label=model_label(config.model_name),
         stats_dir=config.stats_dir,
+        stats_from=config.stats_from,
         cache_dir=config.cache_dir if config.use_cache else None,
         passes=config.passes,
         context_templates=templates,

@@ -34,7 +34,7 @@ from sphere.files import atomic_path, read_json, write_json
 from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
 from sphere.renamed import by_new_names
-from sphere.runs.config import PROGRAM, RunConfig, alpha_of, folder_of
+from sphere.runs.config import PROGRAM, RunConfig, alpha_of, folder_of, settings
 from sphere.runs.folder import JOB_NAME, LOG_NAME
 from sphere.runs.hparams import hparams_source
 from sphere.runs.run import execute
@@ -169,8 +169,11 @@ def _run(job: Job) -> None:
 def _is_finished(previous: Mapping[str, Any], job: Job) -> bool:
     """Whether the job was run to its end with settings that give the same numbers."""
 
-    def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in settings.items() if k not in OF_THE_MACHINE}
+    def deciding(given: Mapping[str, Any]) -> dict[str, Any]:
+        whole = {name: setting.default for name, setting in settings().items()} | dict(
+            given
+        )  # of older versions
+        return {k: v for k, v in whole.items() if k not in OF_THE_MACHINE}
 
     return (
         previous.get("status") == "finished"

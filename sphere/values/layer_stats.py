@@ -33,6 +33,7 @@ from sphere.hparams import HParams
 from sphere.models import DTYPES
 from sphere.values.corpus import MAX_TOKENS, Corpus
 from sphere.values.lengths import longest_sequence
+from sphere.values.published_moments import PublishedMoments
 from sphere.values.tokenization import padding_id
 
 log = logging.getLogger(__name__)
@@ -160,8 +161,11 @@ def _alone(folder: Path) -> Iterator[None]:
 class SecondMoments:
     """The second moments of a model's edited layers, from disk where they are, else computed and saved.
 
+    On disk there may be those of earlier runs, and those that other projects have published, in their own places.
+
     Args:
         folder: e.g. data/stats/SmolLM2-135M.
+        stats_from: a file or a folder of published ones that are to be used whatever else there is.
         keep_on_cpu: hand them out on the CPU (`--conserve_memory`).
         fingerprint: of the stack's model, where it is taken already.
     """
@@ -178,8 +182,11 @@ class SecondMoments:
         keep_on_cpu: bool = False,
         progress: bool = True,
         fingerprint: Fingerprint | None = None,
+        stats_from: str | Path | None = None,
     ) -> None:
         self.stack, self.tokenizer, self.hparams = stack, tokenizer, hparams
+        given = None if stats_from is None else Path(stats_from)
+        self.published = PublishedMoments(stack, tokenizer, hparams, Path(folder), given)
         self.folder, self.seed, self.batch_tokens = Path(folder), seed, batch_tokens
         self.keep_on_cpu, self.progress = keep_on_cpu, progress
         self.fingerprint = fingerprint or Fingerprint(stack.model)
@@ -243,7 +250,11 @@ class SecondMoments:
             if len(moments) == len(names):
                 self._kept |= moments
                 return True
-        return False
+        moments = self.published.read(self.hparams.layers)
+        if _combined({layer: tensor_digest(moment) for layer, moment in moments.items()}) != digest:
+            return False
+        self._kept |= moments
+        return True
 
     def path(self, layer: int) -> Path:
         """Where a layer's second moment is kept."""
@@ -255,7 +266,12 @@ class SecondMoments:
         return f"{self.hparams.rewrite_module_tmp.format(layer)}.safetensors"
 
     def _load_or_compute(self) -> None:
+        if self.published.given is not None:
+            self._kept |= self.published.read([x for x in self.hparams.layers if x not in self._kept])
         missing = self._load()
+        if missing:
+            self._kept |= self.published.read(missing)
+            missing = [layer for layer in missing if layer not in self._kept]
         if not missing:
             return
         log.info("Second moments of layers %s are not in %s: computing them.", missing, self.folder)
