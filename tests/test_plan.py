@@ -17,7 +17,8 @@ from test_architectures import tiny_hparams as shipped_hparams
 from experiments.evaluate import main
 from sphere.editor import Editor
 from sphere.errors import SphereError
-from sphere.forward.layers import LayerStack, inference
+from sphere.forward.layers import LayerStack
+from sphere.forward.modules import inference
 from sphere.methods.sequential_solve import SequentialSolve, save_solves
 from sphere.models import load_model, meta_model
 from sphere.runs.config import RunConfig

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import vjp
 
-from sphere.forward.layers import LayerStack, inference
+from sphere.forward.layers import LayerStack
+from sphere.forward.modules import inference
 from sphere.methods.teacher_forcing import TeacherForcing
 
 

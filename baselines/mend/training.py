@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from sphere.data.records import Record
 from sphere.errors import SphereError
-from sphere.forward.layers import inference
+from sphere.forward.modules import inference
 from sphere.hparams import require
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.teacher_forcing import TeacherForcing

@@ -2,13 +2,15 @@
 
 The same mathematics as `sphere.values.compute_z` (ROME, eq. 4; MEMIT, eq. 14), laid out as in the published code of
 MEMIT and AlphaEdit: the prompts of a request, right-padded, go through the full model with a hook that adds delta at
-the lookup positions; the KL reads the model's own logits, the target's likelihood those of `v_loss_layer`'s output.
+the lookup positions. All logits are the model's own: those of the KL with all of its layers, those of the target's
+likelihood with the layers above `v_loss_layer` left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,18 +139,39 @@ def _forward(
         changed = hidden.index_put((rows, prompts.lookups), at_lookup.to(hidden.dtype))
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        captured["loss"] = output if isinstance(output, Tensor) else output[0]
+    def log_probs() -> Tensor:
+        logits = model(input_ids=prompts.ids, attention_mask=prompts.mask, use_cache=False).logits
+        return logits.float().log_softmax(-1)  # P + 1 x length x vocabulary
 
     z_layer = model.get_submodule(hparams.layer_module_tmp.format(max(hparams.layers)))
-    loss_layer = model.get_submodule(hparams.layer_module_tmp.format(hparams.v_loss_layer))
-    handles = [z_layer.register_forward_hook(add_delta), loss_layer.register_forward_hook(keep)]
+    handle = z_layer.register_forward_hook(add_delta)
     try:
-        logits = model(input_ids=prompts.ids, attention_mask=prompts.mask, use_cache=False).logits
+        all_layers = at_loss_layer = log_probs()
+        with _left_out(_layers_above(model, hparams)) as left_out:
+            if left_out:
+                at_loss_layer = log_probs()
+    finally:
+        handle.remove()
+    return at_loss_layer[:-1], all_layers[-1, prompts.lookups[-1]], captured["h0"]
+
+
+def _layers_above(model: nn.Module, hparams: TargetHParams) -> list[nn.Module]:
+    """The layers above `v_loss_layer`."""
+    layers = model.get_submodule(hparams.layer_module_tmp.partition(".{}")[0])
+    return list(layers)[hparams.v_loss_layer + 1 :]  # type: ignore[call-overload]
+
+
+@contextmanager
+def _left_out(layers: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Within the block layers put out the hidden states that enter them."""
+
+    def pass_on(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        entering = args[0] if args else kwargs["hidden_states"]
+        return entering if isinstance(output, Tensor) else (entering, *output[1:])
+
+    handles = [layer.register_forward_hook(pass_on, with_kwargs=True) for layer in layers]
+    try:
+        yield layers
     finally:
         for handle in handles:
             handle.remove()
-    ln_f, head = model.get_submodule(hparams.ln_f_module), model.get_submodule(hparams.lm_head_module)
-    next_token = logits[-1, prompts.lookups[-1]].float().log_softmax(-1)
-    target_logits = head(ln_f(captured["loss"][:-1]))
-    return target_logits.float().log_softmax(-1), next_token, captured["h0"]

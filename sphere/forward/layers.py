@@ -8,15 +8,19 @@ of editing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sphere.errors import SphereError
+from sphere.forward.checks import check_logits
+from sphere.forward.head import logits_of
+from sphere.forward.modules import hidden_of, only_at
 from sphere.forward.packing import Scored
 from sphere.forward.padding import PASS_OVERHEAD
 from sphere.forward.prefix_cache import FrozenPrefixCache
@@ -26,48 +30,6 @@ from sphere.hparams import ModuleHParams
 
 class _Stop(Exception):
     """Leaves a forward pass as soon as all that was wanted from it is at hand."""
-
-
-@contextmanager
-def only_at(module: nn.Module | None, row: Tensor, position: Tensor) -> Iterator[None]:
-    """Within the block `module` computes (batch x positions x d) inputs at (row, position) only; elsewhere it gives 0.
-
-    For a module that treats positions alike and whose output matters only there, such as the top layer's MLP. Modules
-    that are called in any other way run as they are.
-
-    Args:
-        row, position: (n,) each.
-    """
-    if module is None:
-        yield
-        return
-
-    def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        shapes.append(args[0].shape if args and isinstance(args[0], Tensor) and args[0].ndim == 3 else None)
-        if shapes[-1] is None:
-            return None
-        return (args[0][row.to(args[0].device), position.to(args[0].device)][None], *args[1:])
-
-    def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        shape, found = shapes.pop(), hidden_of(output)
-        if shape is None:
-            return None
-        whole = found.new_zeros(*shape[:2], found.shape[-1])
-        whole = whole.index_put((row.to(found.device), position.to(found.device)), found[0])
-        return whole if isinstance(output, Tensor) else type(output)([whole, *output[1:]])
-
-    shapes: list[torch.Size | None] = []
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden state in a decoder layer's output, be it a tensor or a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
 
 
 @dataclass
@@ -133,18 +95,14 @@ class LayerStack:
                     f"'{hparams.layer_module_tmp}': correct {key} in the hyperparameter file."
                 )
         self.ln_f = self._module("ln_f_module", hparams.ln_f_module)
-        self.lm_head = self._module("lm_head_module", hparams.lm_head_module)
-        own_head = getattr(model, "get_output_embeddings", lambda: None)()
-        if own_head is not None and own_head is not self.lm_head:
-            raise SphereError(
-                f"'{hparams.lm_head_module}' is not the head of {type(model).__name__}: correct lm_head_module in the "
-                "hyperparameter file."
-            )
+        self.lm_head = self._find_head()
         self.rewrite = {
             layer: self._module("rewrite_module_tmp", hparams.rewrite_module_tmp.format(layer))
             for layer in hparams.layers
         }
         self._trees: bool | None = None
+        if self.device.type != "meta":
+            check_logits(model, self.layers[-1], self.logits, hparams.ln_f_module)
 
     def takes_trees(self, ids: Sequence[int]) -> bool:
         """Whether the model heeds the masks of prefix trees (`sphere.forward.packing`); probed with these ids, once."""
@@ -281,8 +239,8 @@ class LayerStack:
         return captured[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head on (... x d) hidden states, in float32: (... x vocabulary)."""
-        return self.lm_head(self.ln_f(hidden)).float()
+        """Final norm and the model's own way to its logits for (... x d) hidden states: (... x vocabulary), float32."""
+        return logits_of(self.model, self._decoders, self.ln_f(hidden)).float()
 
     def module_inputs(self, inputs: dict[str, Any]) -> dict[int, Tensor]:
         """One pass that stops at the highest edited layer: layer -> input of its edited module (batch x pos x in)."""
@@ -313,6 +271,26 @@ class LayerStack:
         with suppress(_Stop):
             self.model(**inputs)
 
+    @cached_property
+    def _decoders(self) -> list[nn.Module]:
+        """The modules around the layers, the model aside, outermost first."""
+        parts = self.hparams.layer_module_tmp.partition("{}")[0].split(".")[:-1]
+        return [self.model.get_submodule(".".join(parts[: i + 1])) for i in range(len(parts))]
+
+    def _find_head(self) -> nn.Module:
+        """The model's head, which may be named by the embedding that it is tied to."""
+        name = self.hparams.lm_head_module
+        found: Any = self._module("lm_head_module", name)
+        own = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if own is None or own is found:
+            return found
+        if getattr(found, "weight", None) is not own.weight:
+            raise SphereError(
+                f"'{name}' is not the head of {type(self.model).__name__}: correct lm_head_module in the "
+                "hyperparameter file."
+            )
+        return own
+
     def _find_layers(self) -> list[nn.Module]:
         template = self.hparams.layer_module_tmp
         found: list[nn.Module] = []
@@ -332,19 +310,3 @@ class LayerStack:
             raise SphereError(
                 f"{type(self.model).__name__} has no module '{path}': correct {key} in the hyperparameter file."
             ) from error
-
-
-@contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients for the model's own parameters, for the length of the block."""
-    training = model.training
-    required = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in required:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        model.train(training)
-        for parameter in required:
-            parameter.requires_grad_(True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from sphere.forward.modules import replaced_forward
 
 SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers' SDPA attention at each call
 MATMUL_DTYPES = {"model": None, "bfloat16": torch.bfloat16}  # None: the model's own
@@ -30,23 +32,14 @@ def multiply_in(dtype: torch.dtype | None, layers: Iterable[nn.Module]) -> Itera
         yield
 
 
-@contextmanager
-def _multiplying_in(dtype: torch.dtype, module: Any) -> Iterator[None]:
-    own = "forward" in vars(module)  # as a device map gives it to modules
+def _multiplying_in(dtype: torch.dtype, module: Any) -> AbstractContextManager[None]:
     forward = module.forward
 
     def lower(x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, dtype=dtype):
             return forward(x).to(x.dtype)
 
-    module.forward = lower
-    try:
-        yield
-    finally:
-        if own:
-            module.forward = forward
-        else:
-            del module.forward
+    return replaced_forward(module, lower)
 
 
 @contextmanager

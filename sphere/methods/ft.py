@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
-from sphere.forward.layers import inference
+from sphere.forward.modules import inference
 from sphere.hparams import ModuleHParams, require
 from sphere.methods.base import Method, Update
 from sphere.methods.teacher_forcing import TeacherForcing

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
-from sphere.forward.layers import LayerStack, inference
+from sphere.forward.layers import LayerStack
+from sphere.forward.modules import inference
 from sphere.hparams import HParams
 from sphere.methods.base import Method, Update
 from sphere.methods.edited_model import EditedModel

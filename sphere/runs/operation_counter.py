@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from sphere.forward.layers import LayerStack, inference
+from sphere.forward.layers import LayerStack
+from sphere.forward.modules import inference
 
 PROBE_ROWS, PROBE_WIDTH = 32, 5  # rows and positions of the pass that is counted
 

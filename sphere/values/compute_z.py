@@ -40,8 +40,9 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.forward.device_memory import gradient_tokens
-from sphere.forward.layers import LayerStack, inference
+from sphere.forward.layers import LayerStack
 from sphere.forward.matmul_dtype import multiply_in, shared_heads
+from sphere.forward.modules import inference
 from sphere.forward.padding import group_by_length, pack_rows
 from sphere.forward.prefixes import PrefixStore
 from sphere.forward.stop_check import StopCheck
