@@ -81,7 +81,7 @@ def test_a_single_token_subject_at_the_beginning(stack, tiny_tokenizer):
 
 def test_no_token_is_run_twice_that_several_sequences_begin_with(stack, tiny_tokenizer):
     """The columns that are computed are as many as the prefix trees have nodes, plus padding."""
-    stack.takes_trees([1])  # asks the model, once
+    stack.takes_trees(range(64))  # asks the model, once
     positions: list[int] = []
     stack.layers[0].register_forward_pre_hook(lambda _m, args: positions.append(args[0].shape[:2].numel()))
     ActivationsPass(stack, tiny_tokenizer, REQUESTS, TEMPLATES, 2048)

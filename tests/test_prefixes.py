@@ -91,4 +91,48 @@ def test_short_sequences_show_whether_a_model_heeds_tree_masks(stack, ids, monke
         )
 
     monkeypatch.setattr(stack.model, "forward", deaf)
-    assert not scorer.takes_trees([Scored(ids, 1)])
+    assert not PackedScorer(stack.model).takes_trees([Scored(ids, 1)])
+
+
+def test_a_model_is_asked_again_when_sequences_grow(stack, monkeypatch):
+    """A window of the model's own that masks do not know of, measured in columns of a row."""
+    scorer, forward, window = PackedScorer(stack.model), stack.model.forward, 20
+    asked = []
+
+    def windowed(input_ids, attention_mask, position_ids=None, **options):
+        if attention_mask.ndim == 4:
+            asked.append(len(input_ids[0]))
+            columns = torch.arange(len(input_ids[0]))
+            near = (columns[:, None] - columns[None]).abs() < window
+            attention_mask = attention_mask.masked_fill(~near, torch.finfo(torch.float32).min)
+        return forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **options
+        )
+
+    assert scorer.takes_trees([Scored((5, 6, 7), 1)])
+    monkeypatch.setattr(stack.model, "forward", windowed)
+    assert scorer.takes_trees([Scored((5, 6), 1)])
+    assert not asked  # nothing longer than what the model was asked with
+    assert not scorer.takes_trees([Scored(tuple(range(30)), 1)])
+    assert not scorer.takes_trees([Scored((5, 6), 1)])
+    assert len(asked) == 1
+    found = scorer.score([Scored((5, 6, 7), 1), Scored((5, 6, 8), 1)])
+    assert len(asked) == 1  # each in a row of its own
+    assert found[Scored((5, 6, 7), 1)].nll.shape == (2,)
+
+
+def test_a_row_as_wide_as_rows_are_shows_a_window_in_columns(stack, monkeypatch):
+    """Sequences shorter than a window may have their beginning further off in a packed row."""
+    forward = stack.model.forward
+
+    def windowed(input_ids, attention_mask, position_ids=None, **options):
+        if attention_mask.ndim == 4:
+            columns = torch.arange(len(input_ids[0]))
+            near = (columns[:, None] - columns[None]).abs() < 100
+            attention_mask = attention_mask.masked_fill(~near, torch.finfo(torch.float32).min)
+        return forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **options
+        )
+
+    monkeypatch.setattr(stack.model, "forward", windowed)
+    assert not PackedScorer(stack.model).takes_trees([Scored((5, 6, 7), 1)])

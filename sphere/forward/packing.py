@@ -2,7 +2,7 @@
 
 Sequences are sorted and laid out as prefix trees, several trees in one row. A token attends to its ancestors only
 and its position is its depth, so each path through a tree is scored as if it stood alone. Where a model cannot take
-such masks (recurrent models, ALiBi), which a small probe finds out, each sequence gets a right-padded row of its
+such masks (recurrent models, ALiBi), which a probe finds out, each sequence gets a right-padded row of its
 own. Logits are computed at the scored positions only, by the model's own forward, so that scaled or capped logits
 stay right.
 
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SLIDING = "sliding_attention"  # what transformers calls the type of a layer with a window
 ROW_TOKENS = 256  # long enough to waste little, short enough that attention stays cheap beside the MLPs
 
 
@@ -135,14 +136,42 @@ def model_inputs(model: Any, batch: Sequence[PackedRow], trees: bool) -> dict[st
         present = (np.arange(length) < lengths[:, None]).astype(np.int64)
         return inputs | {"attention_mask": torch.from_numpy(present).to(device)}
     sees = torch.from_numpy(np.stack([row.attention(length) for row in batch])).to(device)
-    mask = additive_mask(sees, model.get_input_embeddings().weight.dtype)
-    positions = np.zeros((len(batch), length), dtype=np.int64)
+    depths = np.zeros((len(batch), length), dtype=np.int64)
     for b, row in enumerate(batch):
-        positions[b, : len(row.depths)] = row.depths
-    return inputs | {"attention_mask": mask, "position_ids": torch.from_numpy(positions).to(device)}
+        depths[b, : len(row.depths)] = row.depths
+    positions = torch.from_numpy(depths).to(device)
+    masks = attention_masks(model, sees, positions, positions, longest=int(depths.max()) + 1)
+    return inputs | {"attention_mask": masks, "position_ids": positions}
 
 
-def additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, Q, K) bool, who sees whom, as models take it: (B, 1, Q, K), 0 where seen and the lowest number elsewhere."""
+def attention_masks(
+    model: Any, sees: Tensor, query_positions: Tensor, key_positions: Tensor, *, longest: int
+) -> Tensor | dict[str, Tensor]:
+    """Who sees whom as the model takes it: one mask for all layers, or one for each type of layer.
+
+    In a layer with a sliding window a token sees the last tokens of its own sequence only. How far it sees is measured
+    in positions, since what lies between two tokens of a packed row need not be theirs.
+
+    Args:
+        sees: (B, Q, K) bool, windows aside.
+        query_positions, key_positions: (B, Q) and (B, K), each in its own sequence.
+        longest: tokens of the longest sequence; no window is felt in it that is not shorter.
+
+    Returns:
+        (B, 1, Q, K), or type of layer -> (B, 1, Q, K): 0 where seen and the lowest number elsewhere.
+    """
+    dtype = model.get_input_embeddings().weight.dtype
+    everything = _additive_mask(sees, dtype)
+    config = model.config.get_text_config(decoder=True)
+    window, types = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if not window or longest <= window or (types and SLIDING not in types):
+        return everything
+    distance = query_positions[:, :, None] - key_positions[:, None]  # B, Q, K
+    near = _additive_mask(sees & (distance < window), dtype)
+    return {kind: near if kind == SLIDING else everything for kind in set(types)} if types else near
+
+
+def _additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, Q, K) bool -> (B, 1, Q, K): 0 where seen and the lowest number elsewhere."""
     mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
     return mask.masked_fill_(~sees, torch.finfo(dtype).min)[:, None]

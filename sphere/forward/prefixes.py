@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sphere.forward.layers import LayerStack
-from sphere.forward.packing import additive_mask
+from sphere.forward.packing import attention_masks
 from sphere.forward.padding import group_by_length, pad_left, pad_right
 from sphere.forward.prefix_cache import FrozenPrefixCache
 
@@ -75,19 +75,26 @@ class PrefixStore:
         ids = [[token for segment in row for token in segment.ids] for row in rows]
         positions = [[len(s.behind) + i for s in row for i in range(len(s.ids))] for row in rows]
         before, after = max(map(len, prefixes)), max(map(len, ids))
+        position_ids = pad_right(positions, after, 0, device)  # rows x after
         inputs: dict[str, Any] = {
             "input_ids": pad_right(ids, after, self.pad, device),  # rows x after
-            "attention_mask": self._mask(rows, before, after),
-            "position_ids": pad_right(positions, after, 0, device),  # rows x after
+            "attention_mask": self._masks(rows, before, position_ids),
+            "position_ids": position_ids,
             "use_cache": before > 0,
         }
         if before:
             inputs["past_key_values"] = self._cache(prefixes, before)
         return inputs
 
-    def _mask(self, rows: Sequence[Sequence[Segment]], before: int, after: int) -> Tensor:
-        """(rows x (before + after)) of present tokens; of segments in common rows, what each token sees."""
-        device, model = self.stack.device, self.stack.model
+    def _masks(
+        self, rows: Sequence[Sequence[Segment]], before: int, positions: Tensor
+    ) -> Tensor | dict[str, Tensor]:
+        """(rows x (before + after)) of present tokens; of segments in common rows, what each token sees.
+
+        Args:
+            positions: (rows x after) of the token ids, each in its own sequence.
+        """
+        device, after = self.stack.device, positions.shape[1]
         behind = [[n for n, s in enumerate(row) for _ in s.behind] for row in rows]
         own = [[n for n, s in enumerate(row) for _ in s.ids] for row in rows]
         queries = pad_right(own, after, NOBODY, device)  # rows x after: number of each token's segment
@@ -96,7 +103,10 @@ class PrefixStore:
             return (keys >= 0).long()
         sees = rearrange(queries, "row query -> row query 1") == rearrange(keys, "row key -> row 1 key")
         sees[:, :, before:] &= torch.ones(after, after, dtype=torch.bool, device=device).tril()
-        return additive_mask(sees, model.get_input_embeddings().weight.dtype)
+        in_prefix = [[i for s in row for i in range(len(s.behind))] for row in rows]
+        key_positions = torch.cat([pad_left(in_prefix, before, 0, device), positions], dim=1)
+        longest = max(len(s.behind) + len(s.ids) for row in rows for s in row)
+        return attention_masks(self.stack.model, sees, positions, key_positions, longest=longest)
 
     def _cache(self, prefixes: Sequence[Slots], width: int) -> FrozenPrefixCache:
         """The keys and values of stored prefixes, left-padded to `width`."""

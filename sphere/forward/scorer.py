@@ -32,7 +32,7 @@ from sphere.forward.passes import PassOptions
 log = logging.getLogger(__name__)
 
 LOGIT_VALUES = 1 << 27  # logits held at once: 512 MiB in float32
-PROBE_TOKENS = 6  # of the shortest sequence that shows whether tree masks are heeded
+PROBE_TOKENS = 8  # of the shortest sequence that shows whether tree masks are heeded
 
 
 class PackedScorer:
@@ -48,6 +48,8 @@ class PackedScorer:
         self.device = model.get_input_embeddings().weight.device
         self.batch_tokens = (passes or PassOptions()).scoring_tokens(self.device)
         self.trees: bool | None = None  # whether the model takes tree masks; asked at the first call
+        self._probed = 0  # tokens of the longest sequence that it was asked with
+        self._positions: int | None = getattr(model.config, "max_position_embeddings", None)
 
     def score(self, sequences: Sequence[Scored], progress: tqdm | None = None) -> dict[Scored, TokenScores]:
         """Score every distinct sequence.
@@ -61,17 +63,12 @@ class PackedScorer:
         self._check_lengths(sequences)
         if not sequences:
             return {}
-        if self.trees is None:
-            self.trees = self.takes_trees(sequences)
-        rows = (
-            pack_trees(sequences, min(ROW_TOKENS, self.batch_tokens))
-            if self.trees
-            else one_per_row(sequences)
-        )
+        trees = self.takes_trees(sequences)
+        rows = pack_trees(sequences, min(ROW_TOKENS, self.batch_tokens)) if trees else one_per_row(sequences)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         results: dict[Scored, TokenScores] = {}
         for batch in batches(rows, self.batch_tokens, max(1, LOGIT_VALUES // vocabulary)):
-            found = self._forward(batch, self.trees)
+            found = self._forward(batch, trees)
             results |= found
             if progress is not None:
                 progress.update(len(found))
@@ -79,10 +76,9 @@ class PackedScorer:
 
     def _check_lengths(self, sequences: Sequence[Scored]) -> None:
         longest = max((len(scored.ids) for scored in sequences), default=0)
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        if positions and longest > positions:
+        if self._positions and longest > self._positions:
             raise SphereError(
-                f"A prompt has {longest} tokens with its target, the model only {positions} positions: "
+                f"A prompt has {longest} tokens with its target, the model only {self._positions} positions: "
                 "shorten or remove the record."
             )
 
@@ -108,26 +104,52 @@ class PackedScorer:
         return _by_sequence(batch, nll, predicted)
 
     def takes_trees(self, sequences: Sequence[Scored]) -> bool:
-        """Score a forked tree and a second one beside it both ways: are tree masks and positions heeded?"""
-        ids = min((scored.ids for scored in sequences), key=len)
+        """Whether the model heeds tree masks and positions in sequences as long as these.
+
+        Asked of the model by a probe, and again, with longer ones, when sequences grow: beyond a window that the model
+        has in a way of its own, what held before may no longer hold.
+        """
+        longest = max((scored.ids for scored in sequences), key=len)
+        if self.trees is not False and len(longest) > self._probed:
+            rounded = max(_next_power(len(longest)), PROBE_TOKENS)
+            self._probed = max(len(longest), min(rounded, self._positions or rounded))
+            self.trees = self._heeds_trees(longest, self._probed)
+        return bool(self.trees)
+
+    def _heeds_trees(self, ids: tuple[int, ...], length: int) -> bool:
+        """Score a forked tree and a second one beside it, in a row as wide as rows are, both ways."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         # Long enough to fork: different tokens behind what is shorter.
-        ids += tuple(vocabulary * i // PROBE_TOKENS for i in range(1, PROBE_TOKENS - len(ids) + 1))
-        half, turned = len(ids) // 2, ids[::-1]
-        few = [Scored(path, 1) for path in (ids, ids[:half] + turned[: len(ids) - half], turned)]
-        plain = self._forward(one_per_row(few), trees=False)
+        ids += tuple(vocabulary * i // length for i in range(1, length - len(ids) + 1))
+        half, turned = length // 2, ids[::-1]
+        first, fork, beside = (
+            Scored(path, 1) for path in (ids, ids[:half] + turned[: length - half], turned)
+        )
+        row = PackedRow()
+        row.add(first, [])
+        root = row.paths[0][1][:half]
+        while len(row.tokens) < ROW_TOKENS - length or len(row.paths) == 1:
+            row.add(beside, [])
+        row.add(fork, root)
+        plain = self._forward(one_per_row([first, fork, beside]), trees=False)
         try:
-            packed = self._forward(
-                pack_trees(few, row_tokens=sum(len(scored.ids) for scored in few)), trees=True
-            )
+            packed = self._forward([row], trees=True)
         except Exception as error:  # a model may refuse such a mask in any way it likes
             log.info("%s does not take tree masks (%s)", type(self.model).__name__, error)
             return False
-        difference = max(float(np.abs(packed[key].nll - plain[key].nll).max()) for key in few)
-        tolerance = 1e-3 if torch.finfo(self.model.dtype).bits >= 32 else 0.2
+        difference = max(float(np.abs(packed[key].nll - plain[key].nll).max()) for key in plain)
+        largest = max(
+            float(plain[key].nll.max()) for key in plain
+        )  # nats; thousands once edits destroyed a model
+        tolerance = (1e-3 if torch.finfo(self.model.dtype).bits >= 32 else 0.2) * max(1.0, largest / 100)
         if not difference < tolerance:
             log.info("%s does not heed tree masks: every prompt is run by itself", type(self.model).__name__)
         return difference < tolerance
+
+
+def _next_power(length: int) -> int:
+    """The least power of two that is not smaller."""
+    return 1 << (length - 1).bit_length()
 
 
 def _by_sequence(
