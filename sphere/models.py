@@ -19,6 +19,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -62,8 +64,10 @@ def load_model(
     if device_map is not None:
         _check_device_map(device_map)
         options["device_map"] = device_map
-    tokenizer = load_tokenizer(name)
     try:
+        from_file = {k: v for k, v in options.items() if k == "gguf_file"}
+        _check_decoder_only(AutoConfig.from_pretrained(source, **from_file), f"'{name}'")
+        tokenizer = load_tokenizer(name)
         model, report = _load(source, options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -118,6 +122,7 @@ def meta_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTraine
     source = options.pop("source")
     try:
         config = AutoConfig.from_pretrained(source, **options)
+        _check_decoder_only(config, f"'{name}'")
         wanted = _resolve_dtype(dtype, torch.device(device), gguf="gguf_file" in options)
         if wanted == "auto":
             wanted = getattr(config, "dtype", None) or torch.float32
@@ -212,6 +217,36 @@ def _check_device_map(device_map: str | dict[str, Any]) -> None:
                 f"{reason}: let device_map be one of {', '.join(STRATEGIES)}, or name devices that are here.",
                 argument="device_map",
             ) from None
+
+
+def check_architecture(model: Any) -> None:
+    """Refuse a model whose layers are no decoder's with attention alone, which is asked of the model itself.
+
+    Raises:
+        SphereError: an encoder-decoder, or layers that keep a recurrent state.
+    """
+    config, name = getattr(model, "config", None), type(model).__name__
+    if not isinstance(config, PretrainedConfig):
+        return
+    _check_decoder_only(config, name)
+    recurrent = [i for i, is_linear in enumerate(DynamicCache(config=config).is_linear) if is_linear]
+    if recurrent or getattr(model, "_is_stateful", False):
+        where = f"{len(recurrent)} of its layers" if recurrent else "its layers"
+        raise SphereError(
+            f"{name} cannot be edited: {where} keep a recurrent state in place of attention keys and values, so that "
+            "no part of a prompt can be run by itself; choose a model with attention in every layer.",
+            argument="model_name",
+        )
+
+
+def _check_decoder_only(config: PretrainedConfig, name: str) -> None:
+    """`name` is the model's, for the message; a class of its decoder alone counts as its whole."""
+    if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False) is True:
+        raise SphereError(
+            f"{name} is an encoder-decoder ({config.model_type}): prompts and targets are edited and scored as one "
+            "sequence, which takes a decoder-only language model; choose one.",
+            argument="model_name",
+        )
 
 
 def model_label(name: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import vjp
 
 from sphere.forward.layers import LayerStack
-from sphere.forward.modules import inference
+from sphere.forward.modules import by_position, inference
 from sphere.methods.teacher_forcing import TeacherForcing
 
 
@@ -55,7 +55,9 @@ def rank_one_factors(batch: TeacherForcing, stack: LayerStack) -> dict[int, Fact
             inputs: dict[int, Tensor] = {}
             with ExitStack() as hooks:
                 for layer, module in stack.rewrite.items():
-                    hook = _shifting(layer, shifts[layer], inputs)
+                    hook = _shifting(
+                        layer, stack.hparams.rewrite_module_tmp.format(layer), shifts[layer], inputs
+                    )
                     hooks.callback(module.register_forward_hook(hook).remove)
                 return batch.nll().sum(), inputs
 
@@ -64,10 +66,10 @@ def rank_one_factors(batch: TeacherForcing, stack: LayerStack) -> dict[int, Fact
     return {layer: _kept(inputs[layer], gradients[layer], batch.mask) for layer in stack.rewrite}
 
 
-def _shifting(layer: int, shift: Tensor, inputs: dict[int, Tensor]) -> Callable[..., Tensor]:
+def _shifting(layer: int, path: str, shift: Tensor, inputs: dict[int, Tensor]) -> Callable[..., Tensor]:
     def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        inputs[layer] = args[0]
-        return output + shift.to(output)
+        inputs[layer] = by_position(args[0], shift.shape[:2], path)
+        return output + shift.to(output).reshape(output.shape)
 
     return hook
 

@@ -12,11 +12,16 @@ from benchmarks.plain.tokens import to_subject
 from sphere.requests import EditRequest
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """(1 x positions x features), or what a model made of it, as (positions x features)."""
+    return x.reshape(-1, x.shape[-1])
+
+
 @torch.no_grad()
 def last_input(model: Any, module: nn.Module, ids: Sequence[int]) -> Tensor:
     """The input (in,) of a module at the last of some token ids."""
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0, -1]))
+    handle = module.register_forward_pre_hook(lambda _module, args: seen.append(_tokens(args[0])[-1]))
     try:
         model(torch.tensor([list(ids)], device=model.device))
     finally:
@@ -30,7 +35,7 @@ def last_output(model: Any, module: nn.Module, ids: Sequence[int]) -> Tensor:
     seen: list[Tensor] = []
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append((output if isinstance(output, Tensor) else output[0])[0, -1])
+        seen.append(_tokens(output if isinstance(output, Tensor) else output[0])[-1])
 
     handle = module.register_forward_hook(after)
     try:

@@ -21,7 +21,7 @@ def second_moment(model: Any, module: nn.Module, documents: Sequence[Sequence[in
     seen: list[Tensor] = []
 
     def before(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0][0].float())  # tokens x in
+        seen.append(args[0].reshape(-1, args[0].shape[-1]).float())  # tokens x in
         raise _Stop
 
     handle = module.register_forward_pre_hook(before)

@@ -35,7 +35,7 @@ def logits_of(model: Any, decoders: Iterable[nn.Module], hidden: Tensor) -> Tens
     Raises:
         SphereError: the model's forward calls none of them.
     """
-    calls = []
+    calls: list[None] = []
 
     def hand_over(*_args: Any, **_kwargs: Any) -> _HandedOver:
         calls.append(None)

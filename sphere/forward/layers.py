@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from sphere.errors import SphereError
-from sphere.forward.checks import check_logits
+from sphere.forward.checks import alike, check_logits, check_matrix
 from sphere.forward.head import logits_of
-from sphere.forward.modules import hidden_of, only_at
+from sphere.forward.modules import by_position, hidden_of, only_at
 from sphere.forward.packing import Scored
 from sphere.forward.padding import PASS_OVERHEAD
 from sphere.forward.prefix_cache import FrozenPrefixCache
 from sphere.forward.scorer import PackedScorer
 from sphere.hparams import ModuleHParams
+from sphere.models import check_architecture
 
 
 class _Stop(Exception):
@@ -80,6 +81,7 @@ class LayerStack:
     """
 
     def __init__(self, model: nn.Module, hparams: ModuleHParams) -> None:
+        check_architecture(model)
         self.model: Any = model
         self.hparams = hparams
         self.layers = self._find_layers()
@@ -96,20 +98,20 @@ class LayerStack:
                 )
         self.ln_f = self._module("ln_f_module", hparams.ln_f_module)
         self.lm_head = self._find_head()
-        self.rewrite = {
-            layer: self._module("rewrite_module_tmp", hparams.rewrite_module_tmp.format(layer))
-            for layer in hparams.layers
-        }
-        self._trees: bool | None = None
+        paths = {layer: hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers}
+        for path in paths.values():
+            check_matrix(model, path)
+        self.rewrite = {layer: self._module("rewrite_module_tmp", path) for layer, path in paths.items()}
+        self._scorer = PackedScorer(model)
+        self._alike: dict[
+            int, bool
+        ] = {}  # layer -> whether its MLP treats positions alike, as far as it was asked
         if self.device.type != "meta":
             check_logits(model, self.layers[-1], self.logits, hparams.ln_f_module)
 
     def takes_trees(self, ids: Sequence[int]) -> bool:
-        """Whether the model heeds the masks of prefix trees (`sphere.forward.packing`); probed with these ids, once."""
-        if self._trees is None:
-            with torch.no_grad():
-                self._trees = PackedScorer(self.model).takes_trees([Scored(tuple(ids), 1)])
-        return self._trees
+        """Whether the model heeds the masks of prefix trees (`sphere.forward.packing`) in sequences as long as this."""
+        return self._scorer.takes_trees([Scored(tuple(ids), 1)])
 
     def weight_name(self, layer: int) -> str:
         """Name of the edited parameter of a layer."""
@@ -213,9 +215,29 @@ class LayerStack:
         """
         if last >= first:
             hidden = self.run(recorded, hidden, first, last - 1)
-            with only_at(self._mlp(last), row, position):
+            cut = self._mlp(last) if self._treats_alike(recorded, hidden, last, row, position) else None
+            with only_at(cut, row, position, hidden.shape[:2]):
                 hidden = self.run(recorded, hidden, last, last)
         return hidden[row.to(hidden.device), position.to(hidden.device)]
+
+    @torch.no_grad()
+    def _treats_alike(
+        self, recorded: RecordedCalls, hidden: Tensor, layer: int, row: Tensor, position: Tensor
+    ) -> bool:
+        """Whether a layer's MLP gives the same at (row, position), run there only; asked with its first call."""
+        mlp = self._mlp(layer)
+        if mlp is None or hidden.is_meta:  # shapes without values show nothing
+            return mlp is not None
+        if layer not in self._alike:
+            at, found = (row.to(hidden.device), position.to(hidden.device)), None
+            expected = self.run(recorded, hidden, layer, layer)[at]
+            with (
+                suppress(RuntimeError, ValueError, TypeError, IndexError),
+                only_at(mlp, *at, hidden.shape[:2]),
+            ):
+                found = self.run(recorded, hidden, layer, layer)[at]
+            self._alike[layer] = found is not None and alike(found, expected, hidden.dtype)
+        return self._alike[layer]
 
     def module_input(self, recorded: RecordedCalls, hidden: Tensor, layer: int) -> Tensor:
         """The input of the edited module of `layer`, for hidden states entering that layer.
@@ -236,7 +258,7 @@ class LayerStack:
             pass
         finally:
             handle.remove()
-        return captured[0]
+        return by_position(captured[0], hidden.shape[:2], self.hparams.rewrite_module_tmp.format(layer))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final norm and the model's own way to its logits for (... x d) hidden states: (... x vocabulary), float32."""
@@ -259,7 +281,8 @@ class LayerStack:
             for layer, module in self.rewrite.items():
                 hooks.callback(module.register_forward_pre_hook(before(layer)).remove)
             self._forward(inputs)
-        return captured
+        shape, path = inputs["input_ids"].shape, self.hparams.rewrite_module_tmp
+        return {layer: by_position(x, shape, path.format(layer)) for layer, x in captured.items()}
 
     def _mlp(self, layer: int) -> nn.Module | None:
         """A layer's MLP, where the hyperparameters say which it is."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sphere.errors import SphereError
+
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden state in a decoder layer's output, be it a tensor or a tuple."""
@@ -46,37 +48,63 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
 
 
 @contextmanager
-def only_at(module: nn.Module | None, row: Tensor, position: Tensor) -> Iterator[None]:
-    """Within the block `module` computes (batch x positions x d) inputs at (row, position) only; elsewhere it gives 0.
+def only_at(module: nn.Module | None, row: Tensor, position: Tensor, shape: torch.Size) -> Iterator[None]:
+    """Within the block `module` computes at (row, position) only; elsewhere it gives 0.
 
-    For a module that treats positions alike and whose output matters only there, such as the top layer's MLP. Modules
-    that are called in any other way run as they are.
+    Whatever it is given by row and position, (batch x positions x ...), is cut; a call without such an argument runs as
+    it is. For a module that treats positions alike, whose output matters only there, such as the top layer's MLP.
 
     Args:
         row, position: (n,) each.
+        shape: (batch, positions).
     """
     if module is None:
         yield
         return
 
-    def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        shapes.append(args[0].shape if args and isinstance(args[0], Tensor) and args[0].ndim == 3 else None)
-        if shapes[-1] is None:
-            return None
-        return (args[0][row.to(args[0].device), position.to(args[0].device)][None], *args[1:])
+    def cut(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.shape[:2] != shape:
+            return value
+        was_cut[-1] = True
+        return value[row.to(value.device), position.to(value.device)][None]
+
+    def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        was_cut.append(False)
+        return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}
 
     def after(_module: nn.Module, _args: Any, output: Any) -> Any:
-        shape, found = shapes.pop(), hidden_of(output)
-        if shape is None:
+        if not was_cut.pop():
             return None
-        whole = found.new_zeros(*shape[:2], found.shape[-1])
+        found = hidden_of(output)
+        whole = found.new_zeros(*shape, found.shape[-1])
         whole = whole.index_put((row.to(found.device), position.to(found.device)), found[0])
         return whole if isinstance(output, Tensor) else type(output)([whole, *output[1:]])
 
-    shapes: list[torch.Size | None] = []
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    was_cut: list[bool] = []  # of the calls that are being computed
+    handles = [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after),
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def by_position(x: Tensor, shape: torch.Size, module: str) -> Tensor:
+    """What enters a module, (batch x positions x in), be it flattened to (tokens x in) or not.
+
+    Args:
+        shape: (batch, positions).
+        module: its path in the model, for the message.
+
+    Raises:
+        SphereError: it is not computed once for each position.
+    """
+    if x.shape[:-1].numel() != shape.numel():
+        raise SphereError(
+            f"'{module}' was given {x.shape[:-1].numel()} vectors for {shape.numel()} tokens (an expert that some of "
+            "them are routed to?): edit a module that every token goes through; correct rewrite_module_tmp."
+        )
+    return x.reshape(*shape, x.shape[-1])
