@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from test_architectures import GPT, WIDE, tiny_hparams, tiny_model
+from test_architectures import GPT, SHAPE, WIDE, tiny_hparams, tiny_model
 from torch import nn
 from transformers import (
+    BloomConfig,
     Cohere2Config,
     CohereConfig,
     FalconConfig,
@@ -80,11 +81,15 @@ class Family:
     Attributes:
         modules: the templates of hyperparameters.
         norm_behind_mlp: what the MLP puts out is normalised, so that an update's size does not carry over.
+        factor_behind_mlp: it enters the residual stream with a factor or a gate.
+        tree_masks: whether it takes the masks of prefix trees.
     """
 
     config: PretrainedConfig
     modules: dict[str, str] = field(default_factory=lambda: LLAMA)
     norm_behind_mlp: bool = False
+    factor_behind_mlp: bool = False
+    tree_masks: bool = True
 
     def model(self) -> nn.Module:
         return tiny_model(self.config)
@@ -99,6 +104,7 @@ FAMILIES = {
     "gpt2-tied-name": Family(GPT2Config(**GPT), GPT2 | {"lm_head_module": "transformer.wte"}),
     "gpt-neox": Family(GPTNeoXConfig(**PLAIN), NEOX),
     "opt": Family(OPTConfig(**PLAIN, ffn_dim=32, word_embed_proj_dim=16), OPT),
+    "bloom": Family(BloomConfig(**SHAPE, hidden_size=16, n_layer=3, n_head=2), BLOOM, tree_masks=False),
     "falcon": Family(FalconConfig(**PLAIN), BLOOM),
     "llama-tied-name": Family(
         LlamaConfig(**WIDE, tie_word_embeddings=True), LLAMA | {"lm_head_module": "model.embed_tokens"}
@@ -107,11 +113,17 @@ FAMILIES = {
     "qwen2-window": Family(
         Qwen2Config(**WIDE, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1)
     ),
-    "qwen2-moe": Family(Qwen2MoeConfig(**WIDE, **EXPERTS, shared_expert_intermediate_size=32), SHARED_EXPERT),
+    "qwen2-moe": Family(
+        Qwen2MoeConfig(**WIDE, **EXPERTS, shared_expert_intermediate_size=32),
+        SHARED_EXPERT,
+        factor_behind_mlp=True,
+    ),
     "phi3": Family(Phi3Config(**WIDE, sliding_window=WINDOW, pad_token_id=None)),
     "cohere": Family(CohereConfig(**WIDE, logit_scale=0.25)),
     "cohere2": Family(Cohere2Config(**WIDE, logit_scale=0.25, sliding_window=WINDOW, layer_types=HYBRID)),
-    "granite": Family(GraniteConfig(**WIDE, logits_scaling=4.0, residual_multiplier=0.8)),
+    "granite": Family(
+        GraniteConfig(**WIDE, logits_scaling=4.0, residual_multiplier=0.8), factor_behind_mlp=True
+    ),
     "stablelm": Family(StableLmConfig(**WIDE)),
     "starcoder2": Family(
         Starcoder2Config(**WIDE, sliding_window=WINDOW),

@@ -196,7 +196,9 @@ def test_top_mlp_only_where_it_is_scored(tiny_tokenizer):
         module.register_forward_pre_hook(count)
     fact = REQUESTS[0]  # 3 prompts of " is Welsh" behind the lookup token; 6 of its letters are scored
     stack = LayerStack(model, hparams)
-    stack.takes_trees([1, 2])  # asks the model, once
+    compute_z(
+        stack, tiny_tokenizer, [fact], TEMPLATES, hparams, progress=False
+    )  # asks the model what it can do
     seen.clear()
     compute_z(stack, tiny_tokenizer, [fact], TEMPLATES, hparams, progress=False)
     prefix_pass = seen["model.layers.3.mlp.up_proj"] - (3 * 6 + 1)
@@ -220,7 +222,7 @@ def test_requests_that_are_done_are_no_longer_computed(easy, tiny_tokenizer):
     """What stays is laid out anew, in packed rows, and keeps the distribution that KL is taken from."""
     model, hparams = easy
     stack, positions = LayerStack(model, hparams), []
-    stack.takes_trees([1, 2])  # asks the model, once
+    stack.takes_trees(range(64))  # asks the model, once
 
     def count(_module, args):
         positions.append(tuple(args[0].shape[:2]))
