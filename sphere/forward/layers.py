@@ -218,7 +218,7 @@ class LayerStack:
             cut = self._mlp(last) if self._treats_alike(recorded, hidden, last, row, position) else None
             with only_at(cut, row, position, hidden.shape[:2]):
                 hidden = self.run(recorded, hidden, last, last)
-        return hidden[row.to(hidden.device), position.to(hidden.device)]
+        return _at(hidden, row, position)
 
     @torch.no_grad()
     def _treats_alike(
@@ -229,13 +229,10 @@ class LayerStack:
         if mlp is None or hidden.is_meta:  # shapes without values show nothing
             return mlp is not None
         if layer not in self._alike:
-            at, found = (row.to(hidden.device), position.to(hidden.device)), None
-            expected = self.run(recorded, hidden, layer, layer)[at]
-            with (
-                suppress(RuntimeError, ValueError, TypeError, IndexError),
-                only_at(mlp, *at, hidden.shape[:2]),
-            ):
-                found = self.run(recorded, hidden, layer, layer)[at]
+            expected, found = _at(self.run(recorded, hidden, layer, layer), row, position), None
+            errors = (RuntimeError, ValueError, TypeError, IndexError)
+            with suppress(*errors), only_at(mlp, row, position, hidden.shape[:2]):
+                found = _at(self.run(recorded, hidden, layer, layer), row, position)
             self._alike[layer] = found is not None and alike(found, expected, hidden.dtype)
         return self._alike[layer]
 
@@ -333,3 +330,8 @@ class LayerStack:
             raise SphereError(
                 f"{type(self.model).__name__} has no module '{path}': correct {key} in the hyperparameter file."
             ) from error
+
+
+def _at(hidden: Tensor, row: Tensor, position: Tensor) -> Tensor:
+    """(batch x positions x d) -> (n x d) at (row, position)."""
+    return hidden[row.to(hidden.device), position.to(hidden.device)]
