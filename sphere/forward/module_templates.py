@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from sphere.errors import SphereError
+from sphere.models import check_architecture
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,13 @@ def module_templates(model: nn.Module, use_table: bool = True) -> ModuleTemplate
         use_table: look its family up first; else, and where the table does not fit, its structure is searched.
 
     Raises:
-        SphereError: no decoder of attention and MLP layers, or no single matrix per layer that an MLP writes with (a
-            mixture of experts without a dense shared one).
+        SphereError: no decoder of attention and MLP layers (see also `check_architecture`), or no single matrix per
+            layer that an MLP writes with (a mixture of experts without a dense shared one).
     """
+    check_architecture(model)
     config: Any = model.config
     text: Any = config.get_text_config(decoder=True)
     n_layers, width = text.num_hidden_layers, text.hidden_size
-    if config.is_encoder_decoder:
-        raise SphereError(f"{type(model).__name__} is an encoder and a decoder; only decoders can be edited.")
     found_by, found = "model_type", None
     if use_table and (family := FAMILIES.get(text.model_type)):
         found = _fits(model, family, n_layers, width)
