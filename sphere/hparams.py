@@ -23,8 +23,8 @@ log = logging.getLogger(__name__)
 
 H = TypeVar("H")
 
-# Keys that other projects write for the reader and that decide nothing.
-INFORMATIONAL = ("model_name", "alg_name")
+# Keys for the reader that decide nothing: what other projects write, and how a tuning found the rest.
+INFORMATIONAL = ("model_name", "alg_name", "found_by")
 MOM2_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -159,6 +159,15 @@ def load_hparams(path: str | Path, kind: type[H]) -> H:
         return hparams_from_dict(content, kind)
     except SphereError as error:
         raise SphereError(f"In the hyperparameter file {path}: {error}") from error
+
+
+def tuned_on(path: str | Path, ds_name: str) -> set[int]:
+    """The case ids of a dataset that a hyperparameter file was tuned on; none where it does not say so."""
+    content = read_json(find(path), "hyperparameter file")
+    found_by = content.get("found_by") if isinstance(content, dict) else None
+    if not isinstance(found_by, dict) or found_by.get("dataset") != ds_name:
+        return set()
+    return {case_id for case_id in found_by.get("case_ids", ()) if isinstance(case_id, int)}
 
 
 def _no_file(path: Path) -> SphereError:

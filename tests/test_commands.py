@@ -16,7 +16,7 @@ from tiny_run import METHODS, TinyRun, command, flags
 from transformers import PreTrainedTokenizerBase
 
 import sphere.commands.main
-from experiments import evaluate
+from experiments import evaluate, tune
 from scripts import evaluate_each_epoch
 from sphere.baselines.mend import train
 from sphere.checkpoints import read_weights
@@ -108,7 +108,7 @@ def test_what_a_flag_refuses_a_configuration_refuses_too(settings_: dict[str, An
     assert "--" not in str(error.value)
 
 
-@pytest.mark.parametrize("module", [evaluate, evaluate_each_epoch])
+@pytest.mark.parametrize("module", [evaluate, evaluate_each_epoch, tune])
 def test_every_flag_is_explained(module: Any) -> None:
     parser = module.parser()
     assert parser.description
@@ -124,7 +124,7 @@ def test_every_flag_is_explained(module: Any) -> None:
     ("module", "words"),
     [
         *[("experiments.evaluate", []), ("scripts.evaluate_each_epoch", []), ("scripts.report", [])],
-        *[("experiments.sweep", []), ("sphere", [])],
+        *[("experiments.sweep", []), ("experiments.tune", []), ("sphere", [])],
         *[("sphere", [name]) for name in COMMANDS],
     ],
 )
@@ -144,8 +144,10 @@ def test_doors_and_subcommands_are_the_same_code() -> None:
     from experiments import sweep as sweep_door
     from scripts import report as report_door
     from sphere.commands import edit, report, score, sweep
+    from sphere.commands import tune as tune_command
 
     assert (evaluate.main, evaluate_each_epoch.main) == (edit.main, score.main)
+    assert tune.main == tune_command.main
     assert (sweep_door.main, report_door.main) == (sweep.main, report.main)
 
 

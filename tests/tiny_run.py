@@ -62,6 +62,14 @@ def records(n: int, seed: int = 0) -> list[dict[str, Any]]:
     return result
 
 
+def space_sayer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A random Llama that continues a text by a space or by its first token, after the sign of one feature."""
+    model, space = tiny_llama(), tokenizer.convert_tokens_to_ids("Ġ")
+    model.lm_head.weight.zero_()
+    model.lm_head.weight[space, 0], model.lm_head.weight[1, 0] = 1.0, -1.0
+    return model
+
+
 class TinyRun:
     """The folder of a tiny world, and runs in it.
 

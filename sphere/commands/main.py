@@ -5,6 +5,7 @@
     sphere score      score the checkpoints of a run, or run the downstream tasks on them
     sphere report     compare runs in figures and one HTML page
     sphere sweep      run and score many configurations, into one table
+    sphere tune       find layers and hyperparameters for a model
     sphere plan       what a run will take in memory and time, loading no weights
     sphere methods    every method with its reference and defaults
     sphere hparams    the hyperparameters for a model; a file of them for a model that has none
@@ -19,7 +20,7 @@ import sys
 
 from sphere.commands.common import Parser, run_cli
 
-COMMANDS = ("check", "edit", "score", "report", "sweep", "plan", "methods", "hparams")
+COMMANDS = ("check", "edit", "score", "report", "sweep", "tune", "plan", "methods", "hparams")
 
 
 def main(argv: list[str] | None = None) -> int:

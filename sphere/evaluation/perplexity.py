@@ -19,6 +19,7 @@ from sphere.errors import SphereError
 from sphere.forward.packing import Scored
 from sphere.forward.scorer import PackedScorer
 from sphere.resources import find
+from sphere.values.lengths import longest_sequence
 from sphere.values.tokenization import encode
 
 TEXT_NAME = "fixed_text.txt"
@@ -45,10 +46,13 @@ def text_perplexity(
 ) -> float | None:
     """exp of the mean negative log-likelihood (nats) of all tokens but the first of each paragraph.
 
+    A paragraph that is longer than the model's positions is cut there.
+
     Returns:
         None where it is not finite: a broken model predicts nothing.
     """
-    encoded = [tuple(encode(tokenizer, paragraph).ids) for paragraph in paragraphs]
+    positions = longest_sequence(scorer.model)
+    encoded = [tuple(encode(tokenizer, paragraph).ids[:positions]) for paragraph in paragraphs]
     sequences = [Scored(ids, 1) for ids in encoded if len(ids) > 1]
     scores: dict[Scored, Any] = scorer.score(sequences)
     nll = float(np.concatenate([scores[sequence].nll for sequence in sequences]).mean())

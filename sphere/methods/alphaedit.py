@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from sphere.errors import SphereError
 from sphere.forward.device_memory import has_room
 from sphere.hparams import HParams
-from sphere.methods.base import Update, spread_residual
+from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.layerwise import LayerwiseMethod
 from sphere.methods.null_space import Projector, decomposition_bytes, null_space_projector
@@ -50,6 +50,7 @@ class AlphaEdit(LayerwiseMethod):
     reference = "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355"
     hparams_class = AlphaEditHParams
     default_alpha = 0.5
+    tuned = (*TARGET_NUMBERS, "nullspace_threshold", "L2")
 
     def __init__(self, edited: EditedModel, services: Services, hparams: AlphaEditHParams) -> None:
         super().__init__(edited, services, hparams)

@@ -22,6 +22,8 @@ from sphere.rules import RuleSet, sphere_rules
 
 Update = tuple[str, Tensor]
 
+TARGET_NUMBERS = ("v_lr", "clamp_norm_factor", "kl_factor")  # of target values, that are searched
+
 
 class Method(ABC):
     """A weight-update solver and the rules that its updates pass.
@@ -39,6 +41,7 @@ class Method(ABC):
         hparams_class: dataclass of its hyperparameters.
         default_alpha: suppression strength of the SPHERE hook unless one is given (the paper's).
         at_once: facts whose target values are found together; None: a whole batch.
+        tuned: its numbers that `sphere.tuning` searches; they must be among those of `sphere.tuning.search_space`.
     """
 
     name: ClassVar[str]
@@ -46,6 +49,7 @@ class Method(ABC):
     hparams_class: ClassVar[type[ModuleHParams]]
     default_alpha: ClassVar[float] = 0.8
     at_once: ClassVar[int | None] = None
+    tuned: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, edited: EditedModel, services: Services, hparams: Any) -> None:
         self.edited, self.services, self.hparams = edited, services, hparams

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sphere.methods.base import Method
+from sphere.methods.base import TARGET_NUMBERS, Method
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.sequential_solve import Apply, SequentialSolve, keep_solves, load_solves, save_solves
 from sphere.methods.services import Services
@@ -20,6 +20,8 @@ from sphere.methods.services import Services
 
 class LayerwiseMethod(Method):
     """Delta_l = R_l X_l^T with X_l from the sequential solve of layer l."""
+
+    tuned = TARGET_NUMBERS
 
     def __init__(self, edited: EditedModel, services: Services, hparams: Any) -> None:
         super().__init__(edited, services, hparams)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from sphere.hparams import HParams
-from sphere.methods.base import Update, spread_residual
+from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
 from sphere.methods.layerwise import LayerwiseMethod
 from sphere.methods.sequential_solve import Apply, inverse_moment
 from sphere.requests import EditRequest
@@ -24,6 +24,7 @@ class MEMIT(LayerwiseMethod):
     name = "MEMIT"
     reference = "Mass-Editing Memory in a Transformer, arXiv 2210.07229"
     hparams_class = HParams
+    tuned = (*TARGET_NUMBERS, "mom2_update_weight")
 
     def preconditioner(self, layer: int) -> tuple[Apply, float]:
         moment, weight = self.services.second_moment(layer), self.hparams.mom2_update_weight

@@ -15,7 +15,7 @@ from sphere.errors import SphereError
 from sphere.forward.layers import LayerStack
 from sphere.forward.modules import inference
 from sphere.hparams import HParams
-from sphere.methods.base import Method, Update
+from sphere.methods.base import TARGET_NUMBERS, Method, Update
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.sequential_solve import Apply, inverse_moment
 from sphere.methods.services import Services
@@ -62,6 +62,7 @@ class ROME(Method):
     reference = "Locating and Editing Factual Associations in GPT, arXiv 2202.05262"
     hparams_class = RomeHParams
     at_once = 1
+    tuned = TARGET_NUMBERS
 
     def __init__(self, edited: EditedModel, services: Services, hparams: RomeHParams) -> None:
         super().__init__(edited, services, hparams)

@@ -31,7 +31,7 @@ from sphere.distributed import Processes, start
 from sphere.editor import BatchReport, Editor
 from sphere.errors import SphereError
 from sphere.files import append_line, atomic_path
-from sphere.hparams import ModuleHParams
+from sphere.hparams import ModuleHParams, tuned_on
 from sphere.lock import locked
 from sphere.methods import get_method
 from sphere.models import load_model, model_label
@@ -96,6 +96,7 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         method.rules(hparams, config.beta_hse, alpha_of(config))  # bad ratios are reported first
         facts = processes.on_main(lambda: _own_facts(config))
         records = facts.records if facts else _published(config)
+        _warn_of_tuning_set(config, records)
         saved = saved_at(config.checkpoints, _ends(_batches(config, records)))
         with locked(folder_of(config), processes):
             return _execute(config, hparams, records, facts, saved, command, processes)
@@ -114,6 +115,17 @@ def _published(config: RunConfig) -> list[Record]:
 
 def _batches(config: RunConfig, records: Sequence[Record]) -> list[Sequence[Record]]:
     return [records[i : i + config.num_edits] for i in range(0, len(records), config.num_edits)]
+
+
+def _warn_of_tuning_set(config: RunConfig, records: Sequence[Record]) -> None:
+    """Scores on facts that the hyperparameters were tuned on say too much."""
+    seen = tuned_on(hparams_path(config), config.ds_name) & {record.case_id for record in records}
+    if seen:
+        log.warning(
+            "%d of the %d records are among those that the hyperparameters were tuned on: scores on them are too good.",
+            len(seen),
+            len(records),
+        )
 
 
 def _execute(
@@ -141,7 +153,7 @@ def _execute(
     log.info(
         "%s on %d records in %d batches of %d.", config.alg_name, len(records), len(batches), config.num_edits
     )
-    editor = _editor_of(config, model, tokenizer, hparams, previous.get("templates"), processes)
+    editor = editor_of(config, model, tokenizer, hparams, previous.get("templates"), processes)
     check_records(editor, records)
     decided = _decided(config, hparams.to_dict(), records, editor)
     _begin_or_continue(folder, decided, previous, editor, describe(config, command))
@@ -157,7 +169,7 @@ def _execute(
     return Run(folder, model, tokenizer, editor, records, reports, notes)
 
 
-def _editor_of(
+def editor_of(
     config: RunConfig,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
