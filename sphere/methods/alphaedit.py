@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sphere.errors import SphereError
 from sphere.forward.device_memory import has_room
@@ -50,7 +51,7 @@ class AlphaEdit(LayerwiseMethod):
     reference = "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355"
     hparams_class = AlphaEditHParams
     default_alpha = 0.5
-    tuned = (*TARGET_NUMBERS, "nullspace_threshold", "L2")
+    tuned: ClassVar[tuple[str, ...]] = (*TARGET_NUMBERS, "nullspace_threshold", "L2")
 
     def __init__(self, edited: EditedModel, services: Services, hparams: AlphaEditHParams) -> None:
         super().__init__(edited, services, hparams)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from sphere.methods.services import Services
 class LayerwiseMethod(Method):
     """Delta_l = R_l X_l^T with X_l from the sequential solve of layer l."""
 
-    tuned = TARGET_NUMBERS
+    tuned: ClassVar[tuple[str, ...]] = TARGET_NUMBERS
 
     def __init__(self, edited: EditedModel, services: Services, hparams: Any) -> None:
         super().__init__(edited, services, hparams)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,7 +25,7 @@ class MEMIT(LayerwiseMethod):
     name = "MEMIT"
     reference = "Mass-Editing Memory in a Transformer, arXiv 2210.07229"
     hparams_class = HParams
-    tuned = (*TARGET_NUMBERS, "mom2_update_weight")
+    tuned: ClassVar[tuple[str, ...]] = (*TARGET_NUMBERS, "mom2_update_weight")
 
     def preconditioner(self, layer: int) -> tuple[Apply, float]:
         moment, weight = self.services.second_moment(layer), self.hparams.mom2_update_weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class ROME(Method):
     reference = "Locating and Editing Factual Associations in GPT, arXiv 2202.05262"
     hparams_class = RomeHParams
     at_once = 1
-    tuned = TARGET_NUMBERS
+    tuned: ClassVar[tuple[str, ...]] = TARGET_NUMBERS
 
     def __init__(self, edited: EditedModel, services: Services, hparams: RomeHParams) -> None:
         super().__init__(edited, services, hparams)

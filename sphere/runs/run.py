@@ -45,7 +45,7 @@ from sphere.runs.config import (
 )
 from sphere.runs.facts_file import complete_facts, load_facts, write_facts
 from sphere.runs.folder import LOG_NAME, ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
-from sphere.runs.hparams import hparams_of
+from sphere.runs.hparams import hparams_of, hparams_source
 from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
 
@@ -119,7 +119,7 @@ def _batches(config: RunConfig, records: Sequence[Record]) -> list[Sequence[Reco
 
 def _warn_of_tuning_set(config: RunConfig, records: Sequence[Record]) -> None:
     """Scores on facts that the hyperparameters were tuned on say too much."""
-    seen = tuned_on(hparams_path(config), config.ds_name) & {record.case_id for record in records}
+    seen = tuned_on(hparams_source(config), config.ds_name) & {record.case_id for record in records}
     if seen:
         log.warning(
             "%d of the %d records are among those that the hyperparameters were tuned on: scores on them are too good.",

@@ -22,11 +22,11 @@ def effects(indirect: Tensor, layers: Sequence[int], seed: int = 0) -> Drawn:
         indirect: (facts x layers), see `sphere.tuning.causal_trace.Trace.indirect`.
     """
     table = PERCENT * indirect.double().T.contiguous().numpy()  # layers x facts
-    bounds = [interval(draws) for draws in bootstrap_means(table, seed)]
+    low, high = zip(*(interval(draws) for draws in bootstrap_means(table, seed)), strict=True)
     x = list(range(len(table)))
     figure, (axes,) = grid(1, 1, 3.2)
     axes.axvspan(min(layers) - 0.5, max(layers) + 0.5, color=GREY, alpha=0.15, label="layers to edit")
-    axes.fill_between(x, *zip(*bounds, strict=True), color=PALETTE[0], alpha=0.15, linewidth=0)
+    axes.fill_between(x, low, high, color=PALETTE[0], alpha=0.15, linewidth=0)
     axes.plot(x, table.mean(axis=1), color=PALETTE[0], marker="o", label="average indirect effect")
     label_axes(
         axes, "Layer whose output is restored at the subject's last token", "Recovered probability (%)"

@@ -263,7 +263,8 @@ class _Tuning:
 
     def _search(self, search: Search, space: SearchSpace, trials: Objective, began: float) -> None:
         """Run the trials that are missing, as far as there is time."""
-        total, done, times = self.options.n_trials, len(search.finished), []
+        total, done = self.options.n_trials, len(search.finished)
+        times: list[float] = []
         with tqdm(total=total, initial=min(done, total), desc="tuning", unit="trial") as bar:
             while done < total:
                 if self._too_late(began, times):
@@ -302,9 +303,9 @@ class _Tuning:
         self._draw(history([row["value"] for row in rows], [row["state"] == "stopped" for row in rows]))
         hparams = space.hparams(trials[best].params)
         found_by = self._found_by(rows, best)
-        write_json(
-            self.path, file_content(model_label(self.config.model_name), self.start, hparams, found_by)
-        )
+        content = format_hparams(self.config.model_name, hparams.to_dict() | {"found_by": found_by})
+        with atomic_path(self.path) as temporary:
+            temporary.write_text(content, "utf-8")
         return Tuned(self.path, self.folder, hparams, rows, rows[best])
 
     def _found_by(self, rows: Sequence[Mapping[str, Any]], best: int) -> dict[str, Any]:
