@@ -32,6 +32,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 BY_SPECTRUM = ("nullspace_threshold", "L2")
 DIGITS = 4  # significant ones of what is tried and written
+MARGIN = 1.001  # more than their rounding
 
 
 class Suggests(Protocol):
@@ -49,27 +50,24 @@ class Spectrum:
 
     def __init__(self, moments: Sequence[Tensor]) -> None:
         wide = [moment.to(torch.promote_types(moment.dtype, torch.float32)) for moment in moments]
-        self.values = (
-            torch.cat([torch.linalg.eigvalsh(moment).double().cpu() for moment in wide]).sort().values
-        )
-        self.values = self.values.clamp(min=0)
+        each = [torch.linalg.eigvalsh(moment).double().cpu().clamp(min=0) for moment in wide]  # ascending
+        self.values = torch.cat(each).sort().values
         total = float(self.values.sum())
         self.mass = self.values.cumsum(0) / total  # fraction of the sum in the first i + 1
         self.mean_square = total / len(moments)  # E||k||^2
+        self.floor = max(float(values[0]) for values in each)  # above it every layer has a null space
 
     def fraction_below(self, threshold: float) -> float:
-        """Fraction of the eigenvalues' sum in those below the threshold."""
-        count = int((self.values < threshold).sum())
-        return float(self.mass[count - 1]) if count else 0.0
+        """Fraction of the eigenvalues' sum in those below the threshold, or below the least one that can be used."""
+        count = int(((self.values < threshold) | (self.values <= self.floor)).sum())
+        return float(self.mass[count - 1])
 
     def threshold_at(self, fraction: float) -> float:
-        """The threshold below which this fraction of the sum lies at most: between two eigenvalues.
-
-        It is above the smallest one at least, so that there is a null space.
-        """
+        """The threshold below which this fraction of the sum lies at most, and with which all layers can be edited."""
         count = max(int((self.mass <= fraction).sum()), 1)
         below, above = float(self.values[count - 1]), float(self.values[min(count, len(self.values) - 1)])
-        return (below + above) / 2 if above > below else above * 1.01
+        between = (below + above) / 2 if above > below else MARGIN * above
+        return max(between, MARGIN * self.floor)
 
 
 class SearchSpace:
@@ -96,6 +94,8 @@ class SearchSpace:
         for name in names:
             if (value := self._in_unit(name)) > 0:
                 low, high = RANGES[name]
+                if name == "nullspace_threshold":
+                    low = max(low, self._of(name).fraction_below(0.0))
                 self.ranges[name] = min(low, value), max(high, value)
 
     @property
@@ -121,8 +121,7 @@ class SearchSpace:
     def _in_unit(self, name: str) -> float:
         value = float(getattr(self.start, name))
         if name == "nullspace_threshold":
-            least = float(self._of(name).mass[0])
-            return max(self._of(name).fraction_below(value), least)
+            return self._of(name).fraction_below(value)
         return value / self._of(name).mean_square if name == "L2" else value
 
     def _in_file(self, name: str, value: float) -> float:
