@@ -78,8 +78,8 @@ def tiny(world: TinyRun, tmp_path: Path) -> TinyRun:
 def tuned(tiny: TinyRun, output: str = "a", options: TuneOptions = OPTIONS, **settings: Any) -> Tuned:
     """A tuning whose results land in <folder>/<output>."""
     start = str(tiny.folder / "hparams" / settings.get("alg_name", "AlphaEdit") / "tiny.json")
-    facts_table = str(tiny.folder / "facts.json")
-    options = replace(options, from_hparams=options.from_hparams or start, facts=facts_table)
+    table = str(tiny.folder / "facts.json")
+    options = replace(options, from_hparams=options.from_hparams or start, trace_table=table)
     config = tiny.config(output, **{"hparams_dir": str(tiny.folder / output / "hparams"), **settings})
     return tune(config, options)
 
@@ -335,9 +335,10 @@ def test_files_and_tunings_of_other_settings_are_not_replaced_unasked(tiny: Tiny
 @pytest.mark.parametrize(
     ("options", "settings", "says", "arguments"),
     [
-        ({"layers": None}, {}, "none of the facts", ("layers", "facts")),
+        ({"layers": None}, {}, "none of the facts", ("layers", "trace_table")),
         ({"layers": (1, 9)}, {}, "v_loss_layer 3 lies below the last edited layer 9", ()),
         ({"n_facts": 6}, {}, "holds 5 facts, 6 are wanted", ("n_facts", "ds_name")),
+        ({}, {"facts": "mine.csv"}, "from a published dataset", ("ds_name",)),
         ({}, {"alg_name": "FT"}, "FT names no numbers", ("alg_name",)),
         ({"from_hparams": "nowhere.json"}, {}, "No hyperparameter file at nowhere.json", ("from_hparams",)),
     ],

@@ -22,8 +22,8 @@ import dataclasses
 import shlex
 import sys
 
-from sphere.commands.common import add_settings, config_of, make_parser, positive_int
-from sphere.runs.config import PROGRAM
+from sphere.commands.common import add_settings, make_parser, positive_int
+from sphere.runs.config import PROGRAM, RunConfig
 
 SETTINGS = (
     *(
@@ -93,7 +93,10 @@ def parser() -> argparse.ArgumentParser:
         help="perplexity of the fixed text, relative to the unedited model's, above which a score is reduced",
     )
     tuning.add_argument(
-        "--facts", metavar="FILE", default=defaults["facts"], help="table of facts that tracing draws from"
+        "--trace_table",
+        metavar="FILE",
+        default=defaults["trace_table"],
+        help="table of facts that tracing draws from",
     )
     return parser
 
@@ -115,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
 
     names = [field.name for field in dataclasses.fields(TuneOptions)]
     options = TuneOptions(**{name: getattr(arguments, name) for name in names})
-    tuned = tune(config_of(arguments), options, shlex.join([*PROGRAM, "tune", *words]))
+    config = RunConfig(**{name: getattr(arguments, name) for name in SETTINGS})
+    tuned = tune(config, options, shlex.join([*PROGRAM, "tune", *words]))
     print(f"\n{format_trials(tuned.trials)}")
     print(f"\nBest: trial {tuned.best['trial']}. Tables and figures: {tuned.folder}")
     print(f"Hyperparameters: {tuned.path}")

@@ -19,7 +19,7 @@ class TuneOptions:
         n_trials: trials in all, those of earlier sessions included.
         timeout_minutes: no trial begins that would end later after the start of the command; None: no limit.
         max_perplexity: perplexity of the fixed text, relative to the unedited model's, above which a score is reduced.
-        facts: the table of facts that tracing draws from (the form of data/starter_facts.json).
+        trace_table: the table of facts that tracing draws from (the form of data/starter_facts.json).
         trace_facts: known facts that are traced, at most.
         trace_draws: draws of noise for each of them.
     """
@@ -32,7 +32,7 @@ class TuneOptions:
     n_trials: int = 12
     timeout_minutes: float | None = 25.0
     max_perplexity: float = 1.2
-    facts: str = "data/starter_facts.json"
+    trace_table: str = "data/starter_facts.json"
     trace_facts: int = 40
     trace_draws: int = 5
 

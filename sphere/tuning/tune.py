@@ -92,6 +92,8 @@ def tune(config: RunConfig, options: TuneOptions, command: str | None = None) ->
     config.check()
     check_optuna()
     method = get_method(config.alg_name)
+    if config.facts is not None:
+        raise SphereError("Tuning takes its facts from a published dataset: name one.", argument="ds_name")
     if not method.tuned:
         raise SphereError(
             f"{config.alg_name} names no numbers that can be searched: tune another method.",
@@ -203,7 +205,10 @@ class _Tuning:
             "alpha": alpha_of(c),
             **{key: getattr(c, key) for key in ("alg_name", "ds_name", "num_edits", "beta_hse", "rules")},
             **{key: getattr(c, key) for key in ("directions", "revive_tau", "seed", "z_matmul_dtype")},
-            **{key: getattr(o, key) for key in ("max_perplexity", "facts", "trace_facts", "trace_draws")},
+            **{
+                key: getattr(o, key)
+                for key in ("max_perplexity", "trace_table", "trace_facts", "trace_draws")
+            },
         }
         decided = json.loads(json.dumps(decided))
         path = self.folder / CONFIG_NAME
@@ -234,12 +239,12 @@ class _Tuning:
             return tuple(read_json(path, "trace")["layers"])
         o, passes = self.options, self.config.passes
         scorer = PackedScorer(model, passes)
-        facts = known_facts(scorer, tokenizer, statements(o.facts, self.config.seed), o.trace_facts)
+        facts = known_facts(scorer, tokenizer, statements(o.trace_table, self.config.seed), o.trace_facts)
         if not facts:
             raise SphereError(
-                f"The model gives the right next token for none of the facts in {o.facts}: name the layers to edit, or "
-                "give facts that it knows.",
-                argument=("layers", "facts"),
+                f"The model gives the right next token for none of the facts in {o.trace_table}: name the layers to "
+                "edit, or give facts that it knows.",
+                argument=("layers", "trace_table"),
             )
         noise = subject_noise(model.get_input_embeddings(), facts, o.trace_draws, self.config.seed)
         stack = LayerStack(model, self.start)

@@ -33,11 +33,11 @@ def tuning_set(ds_name: str, data_dir: str | Path, n_facts: int, seed: int) -> l
     return random.Random(f"tuning set\n{seed}").sample(half, n_facts)
 
 
-def statements(facts: str | Path, seed: int) -> list[Statement]:
+def statements(table: str | Path, seed: int) -> list[Statement]:
     """All facts of a table (data/README.md), each in its relation's first prompt, in seeded order."""
     found = [
         Statement(relation.prompts[0], subject, answer)
-        for relation in load_facts(find(facts))
+        for relation in load_facts(find(table))
         for subject, answer in relation.facts.items()
     ]
     random.Random(f"causal tracing\n{seed}").shuffle(found)
