@@ -36,8 +36,16 @@ SETTINGS = (
         "num_edits",
         "beta_hse",
     ),
-    *("alpha", "rules", "directions", "revive_tau", "seed", "device", "dtype", "device_map", "stats_dir"),
-    *("output_dir", "batch_tokens", "z_matmul_dtype", "conserve_memory", "overwrite"),
+    *("alpha", "rules", "directions", "revive_tau", "seed", "device", "dtype", "device_map"),
+    *(
+        "stats_dir",
+        "stats_from",
+        "output_dir",
+        "batch_tokens",
+        "z_matmul_dtype",
+        "conserve_memory",
+        "overwrite",
+    ),
 )
 
 
