@@ -16,10 +16,12 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPTNeoConfig,
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MptConfig,
     Olmo2Config,
     OPTConfig,
     Phi3Config,
@@ -52,6 +54,14 @@ GPT2 = {
 BLOOM = GPT2 | {
     "rewrite_module_tmp": "transformer.h.{}.mlp.dense_4h_to_h",
     "attn_module_tmp": "transformer.h.{}.self_attention",
+}
+MPT = {
+    "rewrite_module_tmp": "transformer.blocks.{}.ffn.down_proj",
+    "layer_module_tmp": "transformer.blocks.{}",
+    "mlp_module_tmp": "transformer.blocks.{}.ffn",
+    "attn_module_tmp": "transformer.blocks.{}.attn",
+    "ln_f_module": "transformer.norm_f",
+    "lm_head_module": "lm_head",
 }
 NEOX = {
     "rewrite_module_tmp": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
@@ -102,6 +112,25 @@ class Family:
 
 FAMILIES = {
     "gpt2-tied-name": Family(GPT2Config(**GPT), GPT2 | {"lm_head_module": "transformer.wte"}),
+    "gpt-neo": Family(  # whose window is measured in columns, in a way of its own
+        GPTNeoConfig(
+            **SHAPE,
+            hidden_size=16,
+            num_layers=3,
+            num_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            window_size=WINDOW,
+            attention_types=[[["local", "global", "local"], 1]],
+        ),
+        GPT2,
+        tree_masks=False,
+    ),
+    "mpt": Family(
+        MptConfig(**SHAPE, d_model=16, n_layers=3, n_heads=2, expansion_ratio=2, max_seq_len=64),
+        MPT,
+        tree_masks=False,
+    ),
     "gpt-neox": Family(GPTNeoXConfig(**PLAIN), NEOX),
     "opt": Family(OPTConfig(**PLAIN, ffn_dim=32, word_embed_proj_dim=16), OPT),
     "bloom": Family(BloomConfig(**SHAPE, hidden_size=16, n_layer=3, n_head=2), BLOOM, tree_masks=False),
