@@ -23,6 +23,7 @@ import shlex
 import sys
 
 from sphere.commands.common import add_settings, make_parser, positive_int
+from sphere.data.records import FILES
 from sphere.runs.config import PROGRAM, RunConfig
 
 SETTINGS = (
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
             "help": "the file to write in <hparams_dir>/<alg_name>/ (default: the model's name + .json)"
         },
         hparams_dir={"help": "where the file is written"},
+        ds_name={"choices": tuple(FILES), "help": "the dataset that the tuning set is drawn from"},
         output_dir={"help": "where tables, figures and the state of the search are kept"},
         overwrite={"help": "replace a hyperparameter file that is there, and a tuning of other settings"},
     )

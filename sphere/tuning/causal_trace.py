@@ -269,7 +269,8 @@ class _Suffixes:
         last = self.stack.n_layers - 1
         at_last = self.stack.run_at(self.recorded, hidden, first, last, self.row, self.last)  # rows x d
         probabilities = self.stack.logits(at_last).softmax(dim=-1)  # rows x vocabulary
-        return probabilities.cpu()[self.row, self.answers]
+        device = probabilities.device
+        return probabilities[self.row.to(device), self.answers.to(device)].cpu()
 
 
 @contextmanager
