@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sphere.forward.layers import LayerStack, inference
+from sphere.forward.layers import LayerStack
+from sphere.forward.modules import inference
 from sphere.forward.packing import Scored
 from sphere.forward.padding import group_by_length, pad_left, pad_right
 from sphere.forward.scorer import PackedScorer
