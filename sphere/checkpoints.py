@@ -2,6 +2,7 @@
 
     Edited_Weight/<alg>/<model>/<dataset>_weight_data_batch_<num_edits>_<beta_hse>_<alpha>/
         run.json                 full configuration of the run
+        batches.jsonl            what each batch did to the edited weights
         edit_0.safetensors       the original weights of the edited layers
         edit_<n>.safetensors     the same weights after n edits
         resume.safetensors       the last finished batch, to go on from: what changes with every batch
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from sphere.files import atomic_path, read_json, write_json
 from sphere.renamed import by_new_names
 
 CONFIG_NAME = "run.json"
+LOG_NAME = "batches.jsonl"
 RESUME_NAME = "resume.safetensors"
 RESUME_PART = re.compile(r"resume_\d+\.safetensors")
 # In run.json while a run begins: files of the run before it, which go (`sphere.runs.folder`).
@@ -139,6 +141,39 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SphereError(f"The run configuration {path} is not a JSON object: no run of ours wrote it.")
     return by_new_names(config)
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """The batches of an editing log, [] where there is none; a last line that a kill has cut is left out.
+
+    Raises:
+        SphereError: any other line that is no batch.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_text("utf-8").split("\n")
+    batches = []
+    for number, line in enumerate(lines, 1):
+        try:
+            batch = json.loads(line)
+            batches.append({"n_edits": int(batch["n_edits"]), "layers": dict(batch["layers"]), **batch})
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise SphereError(
+                    f"Line {number} of {path} is no batch of an editing log: correct or remove it."
+                ) from error
+    return batches
+
+
+def logged_energy_changes(batches: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Number of edits -> weight name -> relative change of the energy, of the batches that were measured."""
+    changes = {}
+    for batch in batches:
+        found = {n: f["energy_change"] for n, f in batch["layers"].items() if "energy_change" in f}
+        if found:
+            changes[batch["n_edits"]] = found
+    return changes
 
 
 def write_resume(

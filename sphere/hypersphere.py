@@ -33,6 +33,7 @@ BLOCK_ENTRIES = 4_000_000  # entries per block of rows, 32 MB in float64
 NEAR_FLOAT32 = 0.1  # d^2 below: a float32 Gram is not exact enough (times s for s > 1)
 NEAR_FLOAT64 = 1e-6  # d^2 below: not even a float64 Gram is
 MANY_NEAR = 1 / 64  # share of near pairs in a block from which the whole block is computed in float64
+PLAIN_BETA = 0.5  # the paper's beta_hse: principal directions that are measured where no hook says which
 
 NOT_FINITE = "Hyperspherical measures need a finite (out x in) matrix of floating-point numbers."
 

@@ -27,11 +27,17 @@ from sphere.checkpoints import read_weights
 from sphere.editor import Editor
 from sphere.errors import SphereError
 from sphere.hparams import hparams_from_dict
-from sphere.hypersphere import condition_number, energy_change, hyperspherical_energy, principal_share
+from sphere.hypersphere import (
+    PLAIN_BETA,
+    condition_number,
+    energy_change,
+    hyperspherical_energy,
+    principal_share,
+)
 from sphere.methods import get_method
 from sphere.projection import principal_directions
 from sphere.runs.config import RunConfig, command_of
-from sphere.runs.monitor import PLAIN_BETA, Monitor
+from sphere.runs.monitor import Monitor
 from sphere.runs.run import execute
 
 TEMPLATES = (("{}",),)

@@ -2,6 +2,7 @@
 
     <folder>/summary/summary.json              one row per checkpoint (see `evaluate_run`)
     <folder>/summary/cases_edit_<n>.jsonl      a line with the key of what was scored, then one line per case
+    <folder>/summary/state_edit_<n>.json       perplexity of the fixed text, and how far the weights have moved
 
 A killed evaluation goes on where it stopped: finished cases are kept if the model as it stood, its dtype, the tokenizer
 and the record are those that they were scored with (`sphere.evaluation.states`). Generated texts stand in the line of
@@ -30,6 +31,7 @@ from sphere.errors import SphereError
 from sphere.evaluation.case_file import CaseFile
 from sphere.evaluation.generation import CaseGenerator
 from sphere.evaluation.scoring import Case, RecordScorer, compare_predictions, count_prompts
+from sphere.evaluation.state_metrics import StateMetrics
 from sphere.evaluation.states import RunStates, State
 from sphere.evaluation.summary import retention, summarise
 from sphere.files import write_json
@@ -40,7 +42,10 @@ log = logging.getLogger(__name__)
 
 FOLDER = "summary"
 SUMMARY_NAME = "summary.json"
-UNITS = "percent; fluency in bits, perplexity in 1; intervals: percentile bootstrap over cases, 95 %"
+UNITS = (
+    "percent; fluency in bits, perplexities, relative energy change and rotation in 1; intervals: percentile bootstrap "
+    "over cases, 95 %"
+)
 CHUNK = 128  # records scored together and then written
 GENERATED_CHUNK = 8  # cases whose texts are generated together and then written: 80 texts of CounterFact
 CASES_FORMAT = 2  # 1: keyed by the edited weights alone; such cases are scored anew
@@ -105,8 +110,9 @@ def evaluate_run(
         )
         scorer = RecordScorer(model, tokenizer, passes)
         scoring = _Scoring(scorer, generator, edited, folder / FOLDER, progress, processes)
+        metrics = StateMetrics(scorer.scorer, tokenizer, states, folder / FOLDER, folder, processes)
         with states.temporarily(passes.offload_device):
-            rows = _rows(scoring, states, seed)
+            rows = _rows(scoring, metrics, states, seed)
         summary = _summary(model, folder, states, generator, rows, ds_name)
         summary["notes"] |= notes or {}
         processes.on_main(lambda: write_json(folder / FOLDER / SUMMARY_NAME, summary))
@@ -128,7 +134,7 @@ def _summary(
         not be verified of the model, which cases are generated, and where the texts they are compared with come from),
         "run" (its configuration), "checkpoints": one row each, the unedited model first: {"label", "checkpoint" (file
         name), "n_edits", "metrics" (`summarise`), "retention" (by thirds of the order of editing), "unedited" (the
-        unedited model on the same cases)}}.
+        unedited model on the same cases), "text_perplexity" and "weights" (`StateMetrics.measure`)}}.
     """
     config = read_config(folder)
     return {
@@ -179,7 +185,7 @@ def edited_records(
     return found
 
 
-def _rows(scoring: _Scoring, states: RunStates, seed: int) -> list[dict[str, Any]]:
+def _rows(scoring: _Scoring, metrics: StateMetrics, states: RunStates, seed: int) -> list[dict[str, Any]]:
     """The summary's rows: the unedited model, then each checkpoint; the model is left with the last one's weights."""
     rows: list[dict[str, Any]] = []
     unedited: list[Case] = []
@@ -195,6 +201,7 @@ def _rows(scoring: _Scoring, states: RunStates, seed: int) -> list[dict[str, Any
                 "metrics": summarise(cases, seed),
                 "retention": retention(cases, seed),
                 "unedited": summarise(unedited[: len(cases)], seed),
+                **metrics.measure(state),
             }
         )
     return rows

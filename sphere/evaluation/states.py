@@ -78,8 +78,10 @@ class RunStates:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
         checkpoints = list_checkpoints(folder)
         self.checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.n_edits]
-        self._model, first = model, checkpoints[0]
+        self._model, self._first = model, checkpoints[0]
+        first = self._first
         self._weights = _weights(model, first)
+        self._original = self._weights.stored() if first.n_edits else None
         self._fingerprint = Fingerprint(model, self._weights.names)
         self._constant = {**computation(model), "tokenizer": tokenizer_digest(tokenizer)}
         self.unedited = self._state(None)
@@ -97,6 +99,15 @@ class RunStates:
             except SphereError as error:
                 raise SphereError(f"Checkpoint {checkpoint.path}: {error}") from error
             yield self._state(checkpoint)
+
+    def original(self) -> dict[str, Tensor]:
+        """The edited weights before all editing, by name (out x in): those of edit_0, else the model's own."""
+        stored = self._original or read_weights(self._first.path)
+        return {name: self._weights.canonical(name, weight) for name, weight in stored.items()}
+
+    def canonical(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
+        """The weights of a checkpoint, by name (out x in)."""
+        return {n: self._weights.canonical(n, w) for n, w in read_weights(checkpoint.path).items()}
 
     def temporarily(self, device: str | None = None) -> AbstractContextManager[None]:
         """Within the block the model may be put into other states; `device` keeps the original weights meanwhile."""

@@ -196,6 +196,13 @@ COLUMNS: dict[str, dict[str, str]] = {
         "score": "score",
     },
 }
+# Of the state as a whole, not of cases: title -> (where in a row, how it is written).
+STATE_COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[float], str]]] = {
+    "text perpl.": (("text_perplexity",), "{:#.4g}".format),
+    "energy": (("weights", "energy_change"), lambda change: percent(change)),
+    "rotation": (("weights", "rotation"), "{:.4f}".format),
+    "||change||": (("weights", "change_norm"), "{:.2f}".format),
+}
 WITH_INTERVAL = ("efficacy", "paraphrase", "neighborhood", "score")
 DECIMALS = {"fluency": 2}  # bits; the others need one
 
@@ -210,8 +217,8 @@ def table_lines(rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[l
 
     Args:
         rows: a summary as `evaluate_run` returns it, or rows such as those of its "checkpoints":
-            {"label", "n_edits", "metrics": what `summarise` returns}, and optionally "extra": {title: text} of further
-            columns.
+            {"label", "n_edits", "metrics": what `summarise` returns}, and optionally "text_perplexity" and "weights" as
+            in a summary, and "extra": {title: text} of further columns.
     """
     rows = list(rows["checkpoints"] if isinstance(rows, Mapping) else rows)
     extra = list(dict.fromkeys(title for row in rows for title in row.get("extra", {})))
@@ -219,14 +226,38 @@ def table_lines(rows: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[l
     columns = {
         title: name for title, name in COLUMNS[kind].items() if any(row["metrics"].get(name) for row in rows)
     }
-    lines = [["weights", "edits", "cases", *columns, *extra]]
+    states = {
+        title: write
+        for title, (path, write) in STATE_COLUMNS.items()
+        if any(_at(row, path) is not None for row in rows)
+    }
+    lines = [["weights", "edits", "cases", *columns, *states, *extra]]
     for row in rows:
         cells = [
             cell(row["metrics"].get(name), title in WITH_INTERVAL, DECIMALS.get(title, 1))
             for title, name in columns.items()
-        ] + [row.get("extra", {}).get(title, "-") for title in extra]
+        ]
+        for title, write in states.items():
+            value = _at(row, STATE_COLUMNS[title][0])
+            cells.append("-" if value is None else write(value))
+        cells += [row.get("extra", {}).get(title, "-") for title in extra]
         lines.append([row["label"], str(row["n_edits"]), str(row["metrics"]["n_cases"]), *cells])
     return lines
+
+
+def _at(row: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """What lies at a path of keys, None where it ends before."""
+    value: Any = row
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def percent(share: float) -> str:
+    """A relative change as text, in percent, or in parts per million where it is tiny."""
+    if share and abs(share) < 1e-4:
+        return f"{1e6 * share:+.2f} ppm"
+    return f"{100 * share:+.3g} %"
 
 
 def format_lines(lines: Sequence[Sequence[str]], markdown: bool = False) -> str:

@@ -6,7 +6,6 @@ from the weights that the checkpoints hold.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,15 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sphere.checkpoints import Checkpoint, list_checkpoints, read_config, read_weights
+from sphere.checkpoints import (
+    LOG_NAME,
+    Checkpoint,
+    list_checkpoints,
+    logged_energy_changes,
+    read_config,
+    read_log,
+    read_weights,
+)
 from sphere.downstream.runner import FOLDER as DOWNSTREAM_FOLDER
 from sphere.downstream.runner import SUMMARY as DOWNSTREAM_SUMMARY
 from sphere.errors import SphereError
@@ -24,7 +31,6 @@ from sphere.evaluation.evaluate_run import FOLDER as SUMMARY_FOLDER
 from sphere.evaluation.evaluate_run import SUMMARY_NAME
 from sphere.files import read_json
 from sphere.hypersphere import cosine_distribution, hyperspherical_energy
-from sphere.runs.folder import LOG_NAME
 
 BINS = 4000  # of a cosine histogram over [-1, 1]
 PUBLISHED_FOLDER = re.compile(r"(?P<ds>.+)_weight_data_batch_(?P<n>\d+)_(?P<beta>[\d.]+)_(?P<alpha>[\d.]+)")
@@ -167,28 +173,6 @@ def _config_from_name(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The batches of an editing log, [] where there is none; a last line that a kill has cut is left out.
-
-    Raises:
-        SphereError: any other line that is no batch.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_text("utf-8").split("\n")
-    batches = []
-    for number, line in enumerate(lines, 1):
-        try:
-            batch = json.loads(line)
-            batches.append({"n_edits": int(batch["n_edits"]), "layers": dict(batch["layers"]), **batch})
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):
-                raise SphereError(
-                    f"Line {number} of {path} is no batch of an editing log: correct or remove it."
-                ) from error
-    return batches
-
-
 SETTINGS: dict[
     str, Callable[[RunData], str]
 ] = {  # what may tell two runs of a method apart, most telling first
@@ -227,11 +211,11 @@ def labels(runs: Sequence[RunData]) -> list[str]:
 
 
 def measure(runs: Sequence[RunData], progress: bool = True) -> None:
-    """Fill in energy changes (logged, or of the checkpoints) and cosines (of the first and the last checkpoint)."""
+    """Fill in energy changes (logged, scored, or of the checkpoints), and cosines of the first and the last one."""
     cache: dict[tuple[Any, ...], Any] = {}  # runs of one model share their unedited weights
     steps = [(run, checkpoint) for run in runs for checkpoint in run.checkpoints]
     for run in runs:
-        run.energy_changes = logged_changes(run.batches)
+        run.energy_changes = scored_changes(run.scored) | logged_energy_changes(run.batches)
     bar = tqdm(steps, desc="measuring", unit="checkpoint", disable=not progress)
     for run, checkpoint in bar:
         has_original = run.checkpoints[0].n_edits == 0
@@ -252,14 +236,14 @@ def measure(runs: Sequence[RunData], progress: bool = True) -> None:
         run.energy_changes = dict(sorted(run.energy_changes.items()))
 
 
-def logged_changes(batches: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """Number of edits -> weight name -> relative change of the energy, of the batches that were measured."""
-    changes = {}
-    for batch in batches:
-        found = {n: f["energy_change"] for n, f in batch["layers"].items() if "energy_change" in f}
-        if found:
-            changes[batch["n_edits"]] = found
-    return changes
+def scored_changes(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """The same of the checkpoints that were scored, by rows of their summary."""
+    layers = {row["n_edits"]: (row.get("weights") or {}).get("layers", {}) for row in rows}
+    changes = {
+        n_edits: {n: f["energy_change"] for n, f in found.items() if f["energy_change"] is not None}
+        for n_edits, found in layers.items()
+    }
+    return {n_edits: found for n_edits, found in changes.items() if found}
 
 
 class _Weights:

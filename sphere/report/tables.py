@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from sphere.evaluation.summary import THIRDS, cell, table_lines
+from sphere.evaluation.summary import THIRDS, cell, percent, table_lines
 from sphere.report.collect import RunData
 from sphere.report.figures import TASK_NAMES, score_points, share_rows, task_rows
 
@@ -101,13 +101,6 @@ def _shares(rows: Sequence[tuple[int, float, float]]) -> str:
     return f"{before:.1f} → {after:.1f}" if before != after else f"{after:.1f}"
 
 
-def percent(share: float) -> str:
-    """A relative change as text, in percent, or in parts per million where it is tiny."""
-    if share and abs(share) < 1e-4:
-        return f"{1e6 * share:+.2f} ppm"
-    return f"{100 * share:+.3g} %"
-
-
 def scores(runs: Sequence[RunData], suffix: str) -> list[Table]:
     """The unedited model and the last checkpoints; every checkpoint on demand."""
     last, every = [], []
@@ -119,7 +112,8 @@ def scores(runs: Sequence[RunData], suffix: str) -> list[Table]:
         every += unedited + rows
     note = (
         "Percent, with the 95 % bootstrap interval in brackets; fluency in bits. The unedited model is scored on all "
-        "facts of the run."
+        "facts of the run. Text perpl.: perplexity of the fixed text; energy change, rotation of the principal "
+        "directions (0: as before, 1: orthogonal to them) and norm of the change are means over the edited weights."
     )
     section = f"score{suffix}"
     made = [Table("Scores after the last edit", _named("run", table_lines(last)), section, note)]

@@ -39,7 +39,6 @@ from sphere.lock import HOLDER_NAME, LOCK_NAME
 
 log = logging.getLogger(__name__)
 
-LOG_NAME = "batches.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 JOB_NAME = "job.json"  # of a sweep, beside the run that is the job
 ORIGINAL_NAME = "edit_0.safetensors"
@@ -51,7 +50,7 @@ RUN_FILE = re.compile(
     r"""
       run\.json | facts\.json | batches\.jsonl | edit_(\d+)\.safetensors | resume(?:_(\d+))?\.safetensors
     | tensorboard/events\.out\.tfevents\.[^/]+
-    | summary/(?: summary\.json | cases_edit_(\d+)\.jsonl )
+    | summary/(?: summary\.json | cases_edit_(\d+)\.jsonl | state_edit_(\d+)\.json )
     | rect_eval/summary\.json
     | rect_eval/edit_(\d+)/(?:
           state\.json | (?:reasoning|nli|open_domain_qa|closed_domain_qa)\.jsonl

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from sphere.errors import SphereError
-from sphere.hypersphere import hyperspherical_energy, layer_report, principal_share
+from sphere.hypersphere import PLAIN_BETA, hyperspherical_energy, layer_report, principal_share
 from sphere.projection import principal_directions
 from sphere.rules import Metrics
 
-PLAIN_BETA = 0.5  # decides the principal directions where no SPHERE hook does: the paper's beta
 BEFORE, AFTER = "principal_share_before", "principal_share_after"
 
 

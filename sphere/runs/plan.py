@@ -217,15 +217,25 @@ def _passes(
 
 def _writing(sizes: Sizes, sphere: bool) -> list[Item]:
     """One weight's update on its way through the rules, and SPHERE's decomposition of the weight."""
-    out, in_features = max(sizes.edited, key=lambda pair: pair[0] * pair[1])
-    side, phase = min(out, in_features), "writing"
+    out, in_features = _largest(sizes)
+    phase = "writing"
     items = [
         _at(phase, "an update, in float64 and as it is written", "(8 + 2 x 4) out in", 16 * out * in_features)
     ]
-    if sphere:
-        directions = FLOAT32 * (4 * side**2 + side * in_features)
-        items.append(_at(phase, "principal directions and their making", "4 (4 m^2 + m in)", directions))
-    return items
+    return [*items, _directions(phase, sizes)] if sphere else items
+
+
+def _largest(sizes: Sizes) -> tuple[int, int]:
+    """(out, in) of the largest edited weight."""
+    return max(sizes.edited, key=lambda pair: pair[0] * pair[1])
+
+
+def _directions(phase: str, sizes: Sizes) -> Item:
+    """The principal directions of one weight."""
+    out, in_features = _largest(sizes)
+    side = min(out, in_features)
+    size = FLOAT32 * (4 * side**2 + side * in_features)
+    return _at(phase, "principal directions and their making", "4 (4 m^2 + m in)", size)
 
 
 def _scoring(shape: ModelShape, sizes: Sizes, tokens: int) -> list[Item]:
@@ -244,6 +254,7 @@ def _scoring(shape: ModelShape, sizes: Sizes, tokens: int) -> list[Item]:
             phase,
         ),
         _at(phase, "masters beside those of the run", "4 E", masters * sizes.entries),
+        _directions(phase, sizes),
         _at(
             phase,
             "one layer's activations, and masks",

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sphere.checkpoints import (
+    LOG_NAME,
     Checkpoint,
     list_checkpoints,
     read_resume,
@@ -44,7 +45,7 @@ from sphere.runs.config import (
     saved_at,
 )
 from sphere.runs.facts_file import complete_facts, load_facts, write_facts
-from sphere.runs.folder import LOG_NAME, ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
+from sphere.runs.folder import ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
 from sphere.runs.hparams import hparams_of, hparams_source
 from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sphere.checkpoints import CONFIG_NAME, list_checkpoints, read_weights
+from sphere.checkpoints import CONFIG_NAME, LOG_NAME, list_checkpoints, read_weights
 from sphere.data.records import load_records
 from sphere.errors import SphereError
 from sphere.evaluation.evaluate_run import FOLDER, SUMMARY_NAME, evaluate_run
@@ -35,7 +35,7 @@ from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
 from sphere.renamed import by_new_names
 from sphere.runs.config import PROGRAM, RunConfig, alpha_of, folder_of, settings
-from sphere.runs.folder import JOB_NAME, LOG_NAME
+from sphere.runs.folder import JOB_NAME
 from sphere.runs.hparams import hparams_source
 from sphere.runs.run import execute
 
