@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from sphere.checkpoints import run_folder, write_checkpoint, write_config
+from sphere.checkpoints import read_weights, run_folder, write_checkpoint, write_config
 from sphere.downstream import metrics
 from sphere.evaluation.summary import retention, summarise
+from sphere.evaluation.weight_change import WeightChange
 from sphere.files import write_json
 from sphere.hypersphere import hyperspherical_energy
 from sphere.runs.run import RunConfig
@@ -51,10 +52,17 @@ def fake_run(
     _weights_and_log(folder, edits, harm, beta_hse, seed)
     generator = random.Random(seed)
     if scored:
-        rows = [_row("unedited", 0, _cases(kind, edits[-1], 0.05, random.Random(0)))]
-        for n in edits:
-            quality = max(0.95 - harm * n / batch, 0.1)
-            rows.append(_row(f"edit_{n}", n, _cases(kind, n, quality, generator)))
+        original = read_weights(folder / "edit_0.safetensors")
+        rows = []
+        for n in (0, *edits):
+            quality = max(0.95 - harm * n / batch, 0.1) if n else 0.05
+            cases = _cases(kind, n or edits[-1], quality, generator if n else random.Random(0))
+            row = _row(f"edit_{n}" if n else "unedited", n, cases)
+            weights = (
+                WeightChange(original).measure(read_weights(folder / f"edit_{n}.safetensors")) if n else None
+            )
+            rows.append(row | {"text_perplexity": 20.0 + 100 * harm * n, "weights": weights})
+            _write_cases(folder / "summary" / f"cases_edit_{n}.jsonl", cases)
         summary = {"dataset": dataset, "seed": 0, "generation_interval": 0, "checkpoints": rows}
         write_json(folder / "summary" / "summary.json", summary)
     if downstream:
@@ -116,13 +124,20 @@ def _cases(kind: str, n: int, quality: float, generator: random.Random) -> list[
         right = float(generator.random() < chance)
         if kind == "counterfact":
             return {"success": right, "accuracy": right, "prob_diff": right - 0.5}
-        return {"accuracy": right, "accuracy_given_answer": right, "accuracy_unedited_prediction": right}
+        same = {"accuracy_given_answer": right, "accuracy_unedited_prediction": right}
+        return {"accuracy": right, "predicted": [int(right)], **same}
 
     chances = {"rewrite": quality, "paraphrase": 0.9 * quality, "neighborhood": 0.7}
     return [
         {"kind": kind, "case_id": i, **{name: [entry(chance)] for name, chance in chances.items()}}
         for i in range(n)
     ]
+
+
+def _write_cases(path: Path, cases: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    lines = [{"format": 2}, *({"record": "digest", "case": case} for case in cases)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _task(positive: str | None, accuracy: float, generator: random.Random) -> dict[str, Any]:

@@ -19,15 +19,19 @@ from scripts.report import main
 from sphere.checkpoints import read_weights, write_checkpoint
 from sphere.commands.common import run_cli
 from sphere.errors import SphereError
+from sphere.evaluation.summary import percent
 from sphere.hypersphere import cosine_distribution, energy_change
 from sphere.report import make_report
 from sphere.report.collect import labels, load_run, load_runs, measure
-from sphere.report.figures import densities, draw, score_points, share_rows
+from sphere.report.figures import draw, score_points
 from sphere.report.style import PALETTE, drawing, styles
-from sphere.report.tables import percent, spearman, tables
+from sphere.report.tables import spearman, tables
+from sphere.report.weight_figures import densities, share_rows
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FIGURES = ("energy_change score energy_against_score retention cosines downstream principal_share").split()
+FIGURES = (
+    "energy_change score paired whole_model energy_against_score retention cosines downstream principal_share"
+).split()
 
 
 @pytest.fixture(scope="module")

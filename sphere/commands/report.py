@@ -1,7 +1,9 @@
 """Compare runs in figures and one self-contained HTML page.
 
 Shows whatever the folders hold: run.json and batches.jsonl of `sphere edit`, summary/ and rect_eval/ of `sphere score`,
-and the checkpoints. Loads no model. Writes report/report.html and report/figures/. `python -m scripts.report` is the
+and the checkpoints. Runs that edited the same facts in the same order, and that differ in nothing but SPHERE and the
+rules, are compared fact by fact with the plain one among them. Loads no model. Writes report/report.html,
+report/paired.json and report/figures/. `python -m scripts.report` is the
 same command, in a checkout.
 """
 
@@ -26,13 +28,23 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, default=None, help="where report/ is written (default: the first run's folder)"
     )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        default=None,
+        help="compare all runs with this one, whatever their settings (default: with the plain one among those that "
+        "differ in nothing but SPHERE and the rules)",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, draw, print."""
     args = parser().parse_args(argv)
-    from sphere.report import make_report
+    from sphere.report import make_report, paired_text
 
-    print(f"Report: {make_report(args.weight_folder, args.out)}")
+    page = make_report(args.weight_folder, args.out, against=args.against)
+    if text := paired_text(page):
+        print(f"{text}\n")
+    print(f"Report: {page}")
     return 0

@@ -30,7 +30,7 @@ class CaseFile:
         self.header = header
         self.processes = processes or Processes()
         self._cases: dict[tuple[int, str], Case] = {}
-        for line in self.processes.on_main(lambda: self._trusted(path, header)):
+        for line in self.processes.on_main(lambda: _trusted(path, header)):
             self._cases[line["case"]["case_id"], line["record"]] = line["case"]
 
     def begin(self, kept: Sequence[Record]) -> None:
@@ -41,20 +41,6 @@ class CaseFile:
         lines = [json.dumps(self.header), *(_line(digest, c) for (_, digest), c in self._cases.items())]
         with atomic_path(self.path) as temporary:
             temporary.write_text("\n".join(lines) + "\n", "utf-8")
-
-    @staticmethod
-    def _trusted(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-        if not path.exists():
-            return []
-        lines = []
-        for text in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is incomplete
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-        if not lines or lines[0] != header:
-            return []
-        return [line for line in lines[1:] if {"record", "case"} <= line.keys()]
 
     def get(self, record: Record) -> Case | None:
         """The finished case of exactly this record."""
@@ -72,6 +58,26 @@ class CaseFile:
             return
         with self.path.open("a", encoding="utf-8") as out:
             out.write("".join(_line(digest, case) + "\n" for (_, digest), case in added.items()))
+
+
+def read_cases(path: Path) -> list[Case]:
+    """The finished cases of a file, whatever made them; [] where there is none."""
+    return [line["case"] for line in _trusted(path)]
+
+
+def _trusted(path: Path, header: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """The complete lines of cases, if the header is this one (None: any)."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline is incomplete
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    if not lines or header not in (None, lines[0]):
+        return []
+    return [line for line in lines[1:] if {"record", "case"} <= line.keys()]
 
 
 def _line(digest: str, case: Case) -> str:

@@ -71,7 +71,8 @@ class RunData:
 
     @property
     def has_sphere(self) -> bool:
-        return bool(self.config.get("beta_hse"))
+        rules = self.config.get("rules")
+        return bool(self.config.get("beta_hse")) and (rules is None or "sphere" in rules.split(","))
 
     @property
     def kind(self) -> str | None:

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Sequence
 
 from sphere.report.collect import RunData
-from sphere.report.figures import share_rows
+from sphere.report.weight_figures import share_rows
 from sphere.runs.config import PROGRAM, RunConfig, command_of
 
 MODEL_FLAGS = ("model_name", "device", "dtype", "device_map")

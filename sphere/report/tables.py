@@ -17,7 +17,9 @@ from scipy import stats
 
 from sphere.evaluation.summary import THIRDS, cell, percent, table_lines
 from sphere.report.collect import RunData
-from sphere.report.figures import TASK_NAMES, score_points, share_rows, task_rows
+from sphere.report.figures import TASK_NAMES, score_points, task_rows
+from sphere.report.pairs import Pair, paired_lines
+from sphere.report.weight_figures import share_rows
 
 FEW = 10  # points below which the p-value comes from permutations
 FEWEST = 3  # points below which a rank correlation says nothing
@@ -44,14 +46,23 @@ class Table:
         return {i for line in self.lines[1:] for i, text in enumerate(line) if text[:1].isalpha()}
 
 
-def tables(runs: Sequence[RunData]) -> list[Table]:
-    """All tables that these runs have the numbers for."""
+def tables(runs: Sequence[RunData], pairs: Sequence[Pair] = ()) -> list[Table]:
+    """All tables that these runs have the numbers for.
+
+    Args:
+        pairs: of `sphere.report.pairs.compare`.
+    """
     kinds = sorted({run.kind for run in runs if run.kind})
     made = [overview(runs)]
     for kind in kinds:
         chosen = [run for run in runs if run.kind == kind]
         suffix = "" if len(kinds) == 1 else f"_{kind}"
-        made += [*scores(chosen, suffix), correlation(chosen, suffix), thirds(chosen, suffix)]
+        made += [
+            *scores(chosen, suffix),
+            *paired(pairs, kind, suffix),
+            correlation(chosen, suffix),
+            thirds(chosen, suffix),
+        ]
     made += [*downstream(runs), *layers(runs)]
     return [table for table in made if len(table.lines) > 1]
 
@@ -121,6 +132,19 @@ def scores(runs: Sequence[RunData], suffix: str) -> list[Table]:
         made.append(
             Table("Scores of every checkpoint", _named("run", table_lines(every)), section, folded=True)
         )
+    return made
+
+
+def paired(pairs: Sequence[Pair], kind: str, suffix: str) -> list[Table]:
+    """Paired differences at the largest common number of edits; at all of them on demand."""
+    last, every = paired_lines(pairs, kind, last=True), paired_lines(pairs, kind)
+    note = (
+        "Run minus reference in percentage points, over the facts that both edited, with 95 % bootstrap intervals of "
+        "the paired difference: one that leaves out 0 is not chance in the choice of facts."
+    )
+    made = [Table("Paired differences after the last edit", last, f"paired{suffix}", note)]
+    if len(every) > len(last):
+        made.append(Table("Paired differences at every checkpoint", every, f"paired{suffix}", folded=True))
     return made
 
 
