@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import http.client
 import logging
+import random
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -30,7 +32,7 @@ FILES = {
 TIMEOUT_SECONDS = 20
 CHUNK_BYTES = 1 << 16
 
-__all__ = ["FILES", "Record", "fetch", "load_records"]
+__all__ = ["FILES", "Record", "fetch", "load_records", "shuffled"]
 
 
 def load_records(ds_name: str, data_dir: str | Path = "data", limit: int | None = None) -> list[Record]:
@@ -66,6 +68,13 @@ def load_records(ds_name: str, data_dir: str | Path = "data", limit: int | None 
             )
     log.info("%s: %d of %d records", path, len(records), len(content))
     return records
+
+
+def shuffled(records: Sequence[Record], seed: int) -> list[Record]:
+    """The same records in an order that the seed decides."""
+    order = list(records)
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def _read(kind: Kind, path: Path, index: int, entry: object) -> Record:

@@ -102,6 +102,11 @@ class RunConfig:
         0.1, "editing", "REVIVE: fraction of the singular values' sum whose directions updates keep out of"
     )
     seed: int = _setting(0, "editing", "of everything that is sampled")
+    shuffle: bool = _setting(
+        False,
+        "data",
+        "edit the first dataset_size_limit records in another order, which the seed decides (default: the file's)",
+    )
     device: str = _setting("auto", "model", "auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
     dtype: str = _setting(
         "auto",
@@ -266,7 +271,7 @@ def rules_of(config: RunConfig) -> list[str] | None:
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Where a run lands; settings of the rules that are not the published ones are in its name."""
+    """Where a run lands; settings of the rules that are not the published ones, and another order, are in its name."""
     from sphere.checkpoints import run_folder
     from sphere.models import model_label
 
@@ -285,6 +290,8 @@ def folder_of(config: RunConfig) -> Path:
         more.append(f"{config.directions}_directions")
     if config.revive_tau != RunConfig.revive_tau:
         more.append(f"tau_{config.revive_tau:g}")
+    if config.shuffle:
+        more.append(f"shuffled_{config.seed}")
     return folder.with_name("_".join([folder.name, *more]))
 
 

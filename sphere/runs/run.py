@@ -27,7 +27,7 @@ from sphere.checkpoints import (
     write_resume,
 )
 from sphere.data.facts import Facts
-from sphere.data.records import Record, load_records
+from sphere.data.records import Record, load_records, shuffled
 from sphere.distributed import Processes, start
 from sphere.editor import BatchReport, Editor
 from sphere.errors import SphereError
@@ -150,13 +150,14 @@ def _execute(
         records, notes = processes.on_main(
             lambda: complete_facts(model, tokenizer, facts, folder, config.passes)
         )
-    batches = _batches(config, records)
+    order = shuffled(records, config.seed) if config.shuffle else records
+    batches = _batches(config, order)
     log.info(
         "%s on %d records in %d batches of %d.", config.alg_name, len(records), len(batches), config.num_edits
     )
     editor = editor_of(config, model, tokenizer, hparams, previous.get("templates"), processes)
-    check_records(editor, records)
-    decided = _decided(config, hparams.to_dict(), records, editor)
+    check_records(editor, order)
+    decided = _decided(config, hparams.to_dict(), order, editor)
     _begin_or_continue(folder, decided, previous, editor, describe(config, command))
     if facts and not previous:
         processes.on_main(lambda: write_facts(folder, str(config.facts), facts, records, notes))
@@ -167,7 +168,7 @@ def _execute(
         else None
     )
     reports = _edit(editor, batches, folder, saved, monitor, writer)
-    return Run(folder, model, tokenizer, editor, records, reports, notes)
+    return Run(folder, model, tokenizer, editor, order, reports, notes)
 
 
 def editor_of(
@@ -215,7 +216,7 @@ def _decided(
         "num_edits": config.num_edits,
         "beta_hse": config.beta_hse,
         "alpha": alpha_of(config),
-        **_rules_decided(config),
+        **_unusual(config),
         "seed": config.seed,
         "z_matmul_dtype": config.z_matmul_dtype,
         "model": editor.edited.fingerprint.now(),
@@ -223,9 +224,9 @@ def _decided(
     }
 
 
-def _rules_decided(config: RunConfig) -> dict[str, Any]:
-    """The settings of the rules that are not the published ones."""
-    keys = ("rules", "directions", "revive_tau")
+def _unusual(config: RunConfig) -> dict[str, Any]:
+    """Rules that are not the published ones, and another order than the file's; earlier versions had neither."""
+    keys = ("rules", "directions", "revive_tau", "shuffle")
     return {key: getattr(config, key) for key in keys if getattr(config, key) != getattr(RunConfig, key)}
 
 

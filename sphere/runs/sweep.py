@@ -42,12 +42,9 @@ from sphere.runs.run import execute
 log = logging.getLogger(__name__)
 
 TABLE_NAME = "sweep"
+# What a run's own folder says where it is not the default.
+NAMED_IF_CHANGED = ("rules", "directions", "revive_tau", "shuffle")
 # What a run's folder does not say by itself goes into the folder above it.
-RULE_SETTINGS = (
-    "rules",
-    "directions",
-    "revive_tau",
-)  # a run's folder says them where they are not the published ones
 UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype", "z_matmul_dtype")
 # What may change without a finished job being run again.
 OF_THE_MACHINE = (
@@ -225,7 +222,7 @@ def _row(path: Path) -> dict[str, Any]:
         **{k: job[k] for k in ("status", "error", "seconds")},
         **{k: settings[k] for k in SETTINGS},
         **{k: settings[k] for k in UNNAMED},
-        **{k: settings.get(k, getattr(RunConfig, k)) for k in RULE_SETTINGS},
+        **{k: settings.get(k, getattr(RunConfig, k)) for k in NAMED_IF_CHANGED},
         **dict.fromkeys(MEASURED),
     }
     summary = path.parent / FOLDER / SUMMARY_NAME
@@ -253,7 +250,7 @@ def _label(rows: Sequence[dict[str, Any]]) -> None:
             return model_label(value)
         return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
 
-    keys = (*SETTINGS, *UNNAMED, *RULE_SETTINGS)
+    keys = (*SETTINGS, *UNNAMED, *NAMED_IF_CHANGED)
     differing = [key for key in keys if len({str(row[key]) for row in rows}) > 1 and key != "alg_name"]
     with_and_without = len({row["beta_hse"] for row in rows}) == 2 and any(
         not row["beta_hse"] for row in rows
@@ -312,7 +309,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
-        key = tuple(str(row.get(k)) for k in (*SETTINGS, *UNNAMED, *RULE_SETTINGS) if k != "seed")
+        key = tuple(str(row.get(k)) for k in (*SETTINGS, *UNNAMED, *NAMED_IF_CHANGED) if k != "seed")
         groups.setdefault(key, []).append(row)
     means = []
     for group in groups.values():
