@@ -41,6 +41,19 @@ def test_seeds_edit_the_same_facts_in_other_orders(tmp_path, tiny_tokenizer) -> 
     assert [json.loads(line)["case"]["case_id"] for line in lines] == orders[1]
 
 
+def test_ones_own_facts_are_shuffled_once_they_are_complete(tmp_path, tiny_tokenizer) -> None:
+    world = TinyRun(tmp_path, tiny_tokenizer)
+    rows = ["prompt,subject,target_new", *(f"{{}} is in,{name},Rome" for name in ("Ann", "Bob", "Cy", "Di"))]
+    (tmp_path / "own.csv").write_text("\n".join(rows))
+    own = {"ds_name": "facts", "facts": str(tmp_path / "own.csv"), "alg_name": "FT", "shuffle": True}
+    run = execute(world.config(seed=1, **own))
+    order = [record.request.subject for record in run.records]
+    assert order != sorted(order)
+    assert sorted(order) == ["Ann", "Bob", "Cy", "Di"]
+    assert all(record.request.target_true for record in run.records)
+    assert execute(world.config(seed=1, continue_from_run=True, **own)).reports == []
+
+
 def test_a_shuffled_run_continues_as_itself(tmp_path, tiny_tokenizer) -> None:
     world = TinyRun(tmp_path, tiny_tokenizer, n_records=6)
     config = world.config(alg_name="FT", shuffle=True, seed=1)
