@@ -24,6 +24,7 @@ from sphere.errors import SphereError
 from sphere.forward.passes import PassOptions
 from sphere.hparams import ModuleHParams
 from sphere.methods import EditedModel, Method, Services, get_method
+from sphere.methods.delivery import shortfall
 from sphere.requests import EditRequest, check_batch
 from sphere.rules import REVIVE_TAU, Metrics, RuleSet, apply_rules, rule_chain
 
@@ -47,8 +48,10 @@ class BatchReport:
         n_edits: edits written so far, this batch included.
         seconds: wall time of the batch, without measuring.
         layers: weight name -> metrics: delta_norm, the Frobenius norm of the batch's change; weight_norm; what the
-            rules say (rank r, principal shares, ...; the mean where a weight got several updates); what was measured.
-        warnings: sentences on repeated or conflicting requests, and on absurdly large updates that were written.
+            rules say (rank r, principal shares, ...; the mean where a weight got several updates); how near to the
+            target values the batch came (`sphere.methods.delivery`); what was measured.
+        warnings: sentences on repeated or conflicting requests, on absurdly large updates that were written, and on a
+            batch that fell short of its target values.
         measure_seconds: wall time of measuring (see `sphere.runs.monitor`); 0 where nothing was measured.
     """
 
@@ -186,6 +189,8 @@ class Editor:
                 now = self.weights.get(name)
                 change = now - self.weights.canonical(name, before[name]).to(now)
                 metrics["delta_norm"] = float(change.norm())
+                metrics.update(self.method.delivered().get(name, {}))
+            self._warn_of_shortfall(layers, requests, warnings)
             seconds = time.perf_counter() - start
             if measure:
                 self._measure(measure, layers, before)
@@ -197,6 +202,16 @@ class Editor:
         log.info("%d edits in %.1f s, %d in all.", len(requests), seconds, self.n_edits)
         measuring = time.perf_counter() - start - seconds if measure else 0.0
         return BatchReport(self.n_edits, seconds, layers, warnings, measuring)
+
+    def _warn_of_shortfall(
+        self, layers: Mapping[str, Metrics], requests: Sequence[EditRequest], warnings: list[str]
+    ) -> None:
+        """Add a warning where the outputs are still far from what the target values promise."""
+        top = layers.get(self.edited.weight_name(max(self.edited.hparams.layers)), {})
+        cases = f"cases {requests[0].case_id} to {requests[-1].case_id}"
+        if warning := shortfall(top, f"the batch of {cases}"):
+            warnings.append(warning)
+            log.warning("%s", warning)
 
     def _agree(self) -> None:
         """Where several processes edit alike: take the main one's weights, so that rounding never parts them."""

@@ -108,6 +108,7 @@ class LayerStack:
         ] = {}  # layer -> whether its MLP treats positions alike, as far as it was asked
         if self.device.type != "meta":
             check_logits(model, self.layers[-1], self.logits, hparams.ln_f_module)
+        self.plain_layers: dict[int, bool] = {}  # found out by `sphere.forward.remaining.adds_as_is`
 
     def takes_trees(self, ids: Sequence[int]) -> bool:
         """Whether the model heeds the masks of prefix trees (`sphere.forward.packing`) in sequences as long as this."""

@@ -7,16 +7,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from sphere.errors import SphereError
 from sphere.forward.device_memory import has_room
 from sphere.hparams import HParams
 from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
 from sphere.methods.edited_model import EditedModel
-from sphere.methods.layerwise import LayerwiseMethod
+from sphere.methods.layerwise import LayerwiseMethod, Solved
 from sphere.methods.null_space import Projector, decomposition_bytes, null_space_projector
 from sphere.methods.sequential_solve import Apply
 from sphere.methods.services import Services
 from sphere.requests import EditRequest
+from sphere.values.compute_ks import ActivationsPass
+from sphere.values.module_residual import module_residual
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +76,15 @@ class AlphaEdit(LayerwiseMethod):
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
         targets = self.services.compute_z(requests).z.T  # Z: out x n
-        activations = self.services.activations(requests)
+        bare = self.services.bare_pass(requests)
+        yield from self.deliver(
+            self.solved(self.services.activations(requests), bare, targets), bare, targets
+        )
+
+    def solved(
+        self, activations: ActivationsPass, bare: ActivationsPass, targets: Tensor
+    ) -> Iterator[Solved]:
+        """Delta (out x in) of one layer after the other towards Z (out x n), each to be written before the next."""
         layers = self.hparams.layers
         for index, layer in enumerate(layers):
             keys = activations.compute_ks(layer)  # K: in x n
@@ -80,5 +92,5 @@ class AlphaEdit(LayerwiseMethod):
                 targets, activations.outputs(max(layers)), len(layers) - index
             )  # R: out x n
             x = self.solve(layer, keys)  # in x n
-            yield self.edited.weight_name(layer), residual.to(x) @ x.T
+            yield Solved(layer, module_residual(bare, layer, residual).to(x) @ x.T, residual)
             self.remember(layer, keys)

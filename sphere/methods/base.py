@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from sphere.hparams import ModuleHParams
+from sphere.methods.delivery import Delivery
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.services import Services
 from sphere.requests import EditRequest
@@ -69,6 +70,13 @@ class Method(ABC):
     @abstractmethod
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         """Yield (weight name, Delta (out x in)) for a batch; each is written before the next one is asked for."""
+
+    def delivered(self) -> Mapping[str, Delivery]:
+        """What the updates of the batch just written did to the outputs that z asks for, weight name -> metrics.
+
+        Those of `sphere.methods.delivery`; nothing for a method without target values.
+        """
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """What the method carries from batch to batch, for a resume point; asked for between batches only.

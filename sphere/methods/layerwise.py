@@ -7,15 +7,26 @@ nothing of what makes them differ: their preconditioners, and when a layer's upd
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
-from sphere.methods.base import TARGET_NUMBERS, Method
+from sphere.methods.base import TARGET_NUMBERS, Method, Update
+from sphere.methods.delivery import Delivery, delivery
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.sequential_solve import Apply, SequentialSolve, keep_solves, load_solves, save_solves
 from sphere.methods.services import Services
+from sphere.values.compute_ks import ActivationsPass
+
+
+class Solved(NamedTuple):
+    """A layer's update Delta (out x in), and the change R (d x n) of the outputs that it was asked for."""
+
+    layer: int
+    delta: Tensor
+    asked: Tensor
 
 
 class LayerwiseMethod(Method):
@@ -26,6 +37,7 @@ class LayerwiseMethod(Method):
     def __init__(self, edited: EditedModel, services: Services, hparams: Any) -> None:
         super().__init__(edited, services, hparams)
         self.solves: dict[int, SequentialSolve] = {}
+        self._delivered: dict[str, Delivery] = {}
 
     @abstractmethod
     def preconditioner(self, layer: int) -> tuple[Apply, float]:
@@ -43,6 +55,27 @@ class LayerwiseMethod(Method):
     def solve(self, layer: int, keys: Tensor) -> Tensor:
         """X (in x n, float64, on the keys' device) for a layer's keys K (in x n), given the earlier ones."""
         return self.solves[layer].solve(keys.to(self.services.solve_device(layer))).to(keys.device)
+
+    def deliver(self, solved: Iterable[Solved], bare: ActivationsPass, targets: Tensor) -> Iterator[Update]:
+        """Yield the updates of increasing layers; once each is written, note what it did for Z (`delivered`).
+
+        Args:
+            bare: the pass of the bare prompts, before any of these updates.
+            targets: Z (out x n).
+        """
+        top = max(self.hparams.layers)
+        eps = torch.finfo(bare.stack.model.dtype).eps
+        self._delivered = {}
+        first = now = bare.outputs(top)  # out x n
+        for layer, delta, asked in solved:
+            bare.advance(layer)
+            name = self.edited.weight_name(layer)
+            yield name, delta
+            before, now = now, bare.outputs(top)
+            self._delivered[name] = delivery(targets, first, before, now, asked, eps)
+
+    def delivered(self) -> Mapping[str, Delivery]:
+        return self._delivered
 
     def remember(self, layer: int, keys: Tensor) -> None:
         """Count a batch's keys K (in x n) among a layer's earlier ones."""

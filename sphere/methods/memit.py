@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sphere.hparams import HParams
 from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
-from sphere.methods.layerwise import LayerwiseMethod
+from sphere.methods.layerwise import LayerwiseMethod, Solved
 from sphere.methods.sequential_solve import Apply, inverse_moment
 from sphere.requests import EditRequest
 from sphere.values.compute_ks import ActivationsPass
+from sphere.values.module_residual import module_residual
 
 
 class MEMIT(LayerwiseMethod):
@@ -34,12 +35,16 @@ class MEMIT(LayerwiseMethod):
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
         targets = self.services.compute_z(requests).z.T  # Z: out x n
-        yield from self.solve_layers(self.services.activations(requests), targets)
+        bare = self.services.bare_pass(requests)
+        found = self.solve_layers(self.services.activations(requests), bare, targets)
+        yield from self.deliver(found, bare.restart(), targets)
 
-    def solve_layers(self, activations: ActivationsPass, targets: Tensor) -> list[Update]:
+    def solve_layers(
+        self, activations: ActivationsPass, bare: ActivationsPass, targets: Tensor
+    ) -> list[Solved]:
         """Delta (out x in) of every layer towards Z (out x n), found on a temporarily edited model."""
         layers, offload_device = self.hparams.layers, self.services.offload_device
-        weights, found = self.edited.weights, []
+        weights, found = self.edited.weights, list[Solved]()
         with weights.temporarily(offload_device):
             for index, layer in enumerate(layers):
                 keys = activations.compute_ks(layer)  # K: in x n
@@ -47,9 +52,9 @@ class MEMIT(LayerwiseMethod):
                     targets, activations.outputs(max(layers)), len(layers) - index
                 )  # R: out x n
                 x = self.solve(layer, keys)  # in x n
-                name, delta = self.edited.weight_name(layer), residual.to(x) @ x.T
-                weights.add_(name, delta)
-                found.append((name, delta.to(offload_device or delta.device)))
+                delta = module_residual(bare, layer, residual).to(x) @ x.T
+                weights.add_(self.edited.weight_name(layer), delta)
+                found.append(Solved(layer, delta.to(offload_device or delta.device), residual))
         return found
 
 
@@ -68,7 +73,9 @@ class MEMITSeq(MEMIT):
         self.prepare()
         targets = self.services.compute_z(requests).z.T  # Z: out x n
         activations = self.services.activations(requests)
-        yield from self.solve_layers(activations, targets)
+        bare = self.services.bare_pass(requests)
+        found = self.solve_layers(activations, bare, targets)
+        yield from self.deliver(found, bare.restart(), targets)
         activations.restart()
         for layer in self.hparams.layers:
             self.remember(layer, activations.compute_ks(layer))

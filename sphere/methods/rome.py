@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,22 +12,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
-from sphere.forward.layers import LayerStack
-from sphere.forward.modules import inference
 from sphere.hparams import HParams
 from sphere.methods.base import TARGET_NUMBERS, Method, Update
+from sphere.methods.delivery import DELIVERED, DISTANCE, Delivery, delivery
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.sequential_solve import Apply, inverse_moment
 from sphere.methods.services import Services
 from sphere.requests import EditRequest
-from sphere.values.context_templates import BARE
-from sphere.values.tokenization import encode
-
-log = logging.getLogger(__name__)
-
-PROBE = 1e-1  # size of the probe, relative to the hidden state
-PROBE_TEXT = "The sky is"
-PROBE_TOLERANCE = 1e-2  # relative error of a probe that counts as "adds to the residual stream"
+from sphere.values.compute_z import TargetValues
+from sphere.values.module_residual import contribution, module_residual
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +46,10 @@ class ROME(Method):
 
     k is the key of the bare prompt, k_mean its mean over all context templates. v* = W k + delta, with delta optimised
     as for target values z, but at the edited module's output m = W k (+ bias), which is also what the clamp and the
-    weight decay refer to (eq. 4). The layer adds the module's output to the residual stream, so this delta is a delta
-    at the layer's output, and the optimisation of z does the work with its two norms rescaled from ||h0|| to ||m||.
-    Whether the layer does add it is measured; a model with a norm behind its MLP is refused.
+    weight decay refer to (eq. 4). Where the layer adds the module's output to the residual stream, this delta is a
+    delta at the layer's output, and the optimisation of z does the work with its two norms rescaled from ||h0|| to
+    ||m||. Where the layer scales the module's output, or lets it pass a norm, m stands for what it adds to the layer's
+    output, and the delta found there is brought back to the module's output (`sphere.values.module_residual`).
     """
 
     name = "ROME"
@@ -68,11 +62,11 @@ class ROME(Method):
         super().__init__(edited, services, hparams)
         self.layer = hparams.layers[0]
         self.direction: Apply | None = None  # k -> u, up to its length
+        self._delivered: list[Delivery] = []  # one for each fact of a batch
 
     def prepare(self) -> None:
         if self.direction is not None:
             return
-        check_adds_to_stream(self.edited.stack, self.edited.tokenizer, self.layer)
         if not self.hparams.mom2_adjustment:
             self.direction = lambda key: key
             return
@@ -85,40 +79,56 @@ class ROME(Method):
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
-        name = self.edited.weight_name(self.layer)
+        name, self._delivered = self.edited.weight_name(self.layer), []
         bar = tqdm(requests, desc=self.name, unit="fact", leave=False, disable=not self.services.progress)
         for request in bar:
-            yield name, self.rank_one(request)
+            yield from self.one(name, request)
 
-    def rank_one(self, request: EditRequest) -> Tensor:
-        """Delta (out x in) of one fact, on the weights as they stand; float64."""
-        assert self.direction is not None
+    def one(self, name: str, request: EditRequest) -> Iterator[Update]:
+        """The update of one fact; once it is written, what it did for z is noted."""
         contexts = [template for group in self.services.context_templates for template in group]
         activations = self.services.activations([request], [contexts])
-        k_mean = activations.compute_ks(self.layer)  # in x 1
-        h0 = activations.outputs(self.layer)  # d x 1
-        k = self.services.activations([request], [(BARE,)]).compute_ks(self.layer)[:, 0].double()  # in
-        delta = self._optimise(request, module_output(self.edited.module(self.layer), k), h0[:, 0])
+        bare = self.services.bare_pass([request])
+        k_mean, k = activations.compute_ks(self.layer), bare.compute_ks(self.layer)  # in x 1 each
+        m = module_output(self.edited.module(self.layer), k[:, 0].double())  # out
+        added = contribution(bare, self.layer, m)  # d
+        found = self._optimise(request, added, activations.outputs(self.layer)[:, 0])
+        asked, before = (found.z - found.h0).T, bare.outputs(self.layer)  # d x 1 each
+        delta = module_residual(bare, self.layer, asked)  # out x 1
+        yield name, self.rank_one(request, k_mean, k, delta)
+        after, eps = bare.outputs(self.layer), torch.finfo(self.edited.model.dtype).eps
+        self._delivered.append(delivery(found.z.T, before, before, after, asked, eps))
+
+    def delivered(self) -> Mapping[str, Delivery]:
+        """Those of the batch's facts, averaged over the facts whose z asks for anything."""
+        mean: Delivery = {}
+        for key in (DISTANCE, DELIVERED):
+            told = [metrics[key] for metrics in self._delivered if metrics[key] is not None]
+            mean[key] = statistics.fmean(told) if told else None
+        return {self.edited.weight_name(self.layer): mean}
+
+    def rank_one(self, request: EditRequest, k_mean: Tensor, k: Tensor, delta: Tensor) -> Tensor:
+        """Delta (out x in), float64, which maps k (in x 1) to W k + delta (out x 1)."""
+        assert self.direction is not None
         u = self.direction(k_mean)[:, 0].double()  # in
         u = u / u.norm()
-        product = k @ u
-        if not product.abs() > 1e-6 * k.norm():
+        product = k[:, 0].double() @ u
+        if not product.abs() > 1e-6 * k.double().norm():
             raise SphereError(
                 f"The key of case {request.case_id} is orthogonal to its update's direction u: set mom2_adjustment to "
                 "false, or use a larger mom2_n_samples."
             )
-        return torch.outer(delta.double(), u) / product
+        return torch.outer(delta[:, 0].double(), u) / product
 
-    def _optimise(self, request: EditRequest, m: Tensor, h0: Tensor) -> Tensor:
-        """delta (d,) at the module's output m (d,), found at the layer's output h0 (d,)."""
+    def _optimise(self, request: EditRequest, m: Tensor, h0: Tensor) -> TargetValues:
+        """z and h0 (1 x d each), with the clamp and the weight decay of m (d,), which the module adds to h0 (d,)."""
         ratio = float(m.norm() / h0.norm())
         rescaled = replace(
             self.hparams,
             clamp_norm_factor=self.hparams.clamp_norm_factor * ratio,
             v_weight_decay=self.hparams.v_weight_decay / ratio**2,
         )
-        found = self.services.compute_z([request], rescaled, progress=False)
-        return (found.z - found.h0)[0]
+        return self.services.compute_z([request], rescaled, progress=False)
 
 
 @torch.no_grad()
@@ -127,41 +137,3 @@ def module_output(module: nn.Module, key: Tensor) -> Tensor:
     weight: Any = module.weight
     output = module(key.to(weight)[None])[0]
     return output.to(torch.promote_types(output.dtype, torch.float32))
-
-
-@torch.no_grad()
-def check_adds_to_stream(stack: LayerStack, tokenizer: Any, layer: int) -> None:
-    """Measure that a change of the edited module's output is the same change of the layer's output.
-
-    Raises:
-        SphereError: it is not (a norm or a factor behind the MLP): ROME's value cannot be optimised there.
-    """
-    ids = torch.tensor([encode(tokenizer, PROBE_TEXT).ids], device=stack.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    probe: list[Tensor] = []
-
-    def shift(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(layer)
-        direction = torch.randn(output.shape[-1], generator=generator).to(output)
-        probe.append(PROBE * float(recording.hidden[:, -1].norm()) * direction / direction.norm())
-        return output + probe[-1]
-
-    with inference(stack.model):
-        recording = stack.record(inputs, layer, layer)
-        plain = stack.run(recording, recording.hidden, layer, layer)
-        handle = stack.rewrite[layer].register_forward_hook(shift)
-        try:
-            shifted = stack.run(recording, recording.hidden, layer, layer)
-        finally:
-            handle.remove()
-    change = (shifted - plain)[0, -1].float()
-    wanted = probe[0].float().to(change.device)
-    # What the layer's dtype cannot resolve is no evidence: its rounding is counted in.
-    rounding = 4 * torch.finfo(plain.dtype).eps * float(plain[0, -1].float().norm())
-    error = float((change - wanted).norm())
-    if error > PROBE_TOLERANCE * float(wanted.norm()) + rounding:
-        raise SphereError(
-            f"Layer {layer} of {type(stack.model).__name__} does not add the output of '"
-            f"{stack.hparams.rewrite_module_tmp.format(layer)}' to the residual stream as it is (a norm behind it?): "
-            "ROME does not fit this model; use AlphaEdit or MEMIT."
-        )

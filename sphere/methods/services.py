@@ -163,6 +163,12 @@ class Services:
             self.passes.editing_tokens,
         )
 
+    def bare_pass(self, requests: Sequence[EditRequest]) -> ActivationsPass:
+        """The bare prompts of a batch alone: to ask what the module of each layer must add, and what was reached."""
+        edited = self.edited
+        templates, tokens = ((BARE,),), self.passes.editing_tokens
+        return ActivationsPass(edited.stack, edited.tokenizer, requests, templates, tokens)
+
     # ---- second moments ----
 
     @cached_property

@@ -9,6 +9,7 @@ computed twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from sphere.forward.packing import (
     one_per_row,
     pack_trees,
 )
+from sphere.forward.remaining import Lookups, RemainingPart
 from sphere.requests import EditRequest
 from sphere.values.context_templates import BARE, fill
 from sphere.values.tokenization import bos_text, encode, subject_token
@@ -66,6 +68,10 @@ class _TreeBatch:
         self.hidden = stack.run(self.recorded, self.hidden, self.at, layer - 1)
         self.at = layer
 
+    def ends(self) -> Lookups:
+        """Each sequence's last token, at the layer reached."""
+        return Lookups(self.recorded, self.hidden, self._rows, self._columns)
+
     def at_ends(self, x: Tensor) -> Tensor:
         """(rows x columns x d) -> (sequences x d) at each sequence's last token, float32 or wider."""
         chosen = x[self._rows.to(x.device), self._columns.to(x.device)]
@@ -78,6 +84,10 @@ class ActivationsPass:
     Args:
         templates: groups of context templates; a key is averaged within each group, then over groups.
         batch_tokens: how many (padded) tokens one forward pass may hold.
+
+    Attributes:
+        bare_ids: the longest bare prompt up to its subject's last token.
+        bare_index: (n,) each request's bare prompt among the distinct ones, which are S.
     """
 
     def __init__(
@@ -97,13 +107,14 @@ class ActivationsPass:
                     of_request = weights.setdefault(ids_to_subject(tokenizer, template, request), {})
                     of_request[index] = of_request.get(index, 0.0) + 1 / (len(templates) * len(group))
         bare = [ids_to_subject(tokenizer, BARE, request) for request in requests]
+        self.bare_ids = max(bare, key=len)
         trees = stack.takes_trees(max(weights, key=len))
         others = weights.keys() - set(bare)
         with torch.no_grad():
             self._bare = _tree_batches(stack, bare, trees, first, last, batch_tokens)
             self._other = _tree_batches(stack, list(others), trees, first, last, batch_tokens)
         index_of = {ids: i for i, ids in enumerate(ids for part in self._bare for ids in part.sequences)}
-        self._bare_index = torch.tensor([index_of[ids] for ids in bare])  # (n,) a request's bare prompt
+        self.bare_index = torch.tensor([index_of[ids] for ids in bare])  # (n,) a request's bare prompt
         self._means = [self._mean(part, weights) for part in self._bare + self._other]
 
     def _mean(self, part: _TreeBatch, weights: dict[Ids, dict[int, float]]) -> Tensor:
@@ -135,12 +146,35 @@ class ActivationsPass:
         return total.T
 
     @torch.no_grad()
+    def advance(self, layer: int) -> None:
+        """Bring the bare prompts up to the entry of `layer`, on the weights as they stand."""
+        for part in self._bare:
+            part.advance(self.stack, layer)
+
+    @torch.no_grad()
+    def remaining_parts(self, layers: Sequence[int]) -> list[RemainingPart]:
+        """From the edited module's output to the layer's, of each layer, at the last tokens of the S bare prompts.
+
+        The pass is brought up to the first of the layers.
+        """
+        self.advance(layers[0])
+        lookups: dict[int, list[Lookups]] = {layer: [] for layer in layers}
+        for part in self._bare:
+            ends = part.ends()
+            for layer, next_layer in zip(layers, [*layers[1:], None], strict=True):
+                lookups[layer].append(ends)
+                if next_layer is not None:
+                    hidden = self.stack.run(ends.recorded, ends.hidden, layer, next_layer - 1)
+                    ends = replace(ends, hidden=hidden)
+        return [RemainingPart(self.stack, layer, its) for layer, its in lookups.items()]
+
+    @torch.no_grad()
     def outputs(self, layer: int) -> Tensor:
         """Output of decoder layer `layer` for the bare prompts, from the hidden states reached: (out x n)."""
         parts = [
             part.at_ends(self.stack.run(part.recorded, part.hidden, part.at, layer)) for part in self._bare
         ]
-        return torch.cat(parts)[self._bare_index.to(parts[0].device)].T
+        return torch.cat(parts)[self.bare_index.to(parts[0].device)].T
 
 
 def _tree_batches(

@@ -7,6 +7,11 @@ the top layer's MLP and the logits are computed only where they are scored; prom
 so that few and full matrices are multiplied; requests whose loss is small enough leave the loop with all their prompts;
 the last step, which takes no update, needs no gradient.
 
+Where a norm stands between the edited modules and the residual stream they can add only so much, however large their
+output: a z that asks for more would promise a probability that no update gives. There the variables are not delta but
+changes of the modules' outputs, of which delta is what the layers make (`sphere.values.module_residual.Reach`), so that
+every z is within reach. Elsewhere every delta is, and is the variable itself.
+
 How prompts, prefixes and positions lie: a prompt is a request in one context template with its target behind it, or the
 KL prompt "{subject} is a", cut after the subject. At its lookup token, the subject's last, delta is added:
 
@@ -45,11 +50,14 @@ from sphere.forward.matmul_dtype import multiply_in, shared_heads
 from sphere.forward.modules import inference
 from sphere.forward.padding import group_by_length, pack_rows
 from sphere.forward.prefixes import PrefixStore
+from sphere.forward.remaining import adds_as_is
 from sphere.forward.stop_check import StopCheck
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
+from sphere.values.compute_ks import ActivationsPass
 from sphere.values.context_templates import BARE
-from sphere.values.tokenization import padding_id
+from sphere.values.module_residual import Reach
+from sphere.values.tokenization import encode, padding_id
 from sphere.values.z_batches import MicroBatch, Prompt, prompts_of
 
 log = logging.getLogger(__name__)
@@ -113,6 +121,7 @@ def compute_z(
     budget = gradient_pass_tokens(stack, hparams, batch_tokens)
     with inference(stack.model), shared_heads(stack.device):
         loop = _Loop(stack, hparams, requests, prompts, padding_id(tokenizer), budget)
+        loop.reach = _reach(stack, tokenizer, requests, budget)
         with multiply_in(matmul_dtype, _layers_above(stack, hparams)):
             return loop.optimise(progress)
 
@@ -120,6 +129,15 @@ def compute_z(
 def gradient_pass_tokens(stack: LayerStack, hparams: TargetHParams, batch_tokens: int | None) -> int:
     """How many tokens a micro-batch computes: those asked for, or what there is room for right now."""
     return batch_tokens or gradient_tokens(_layers_above(stack, hparams), stack.lm_head)
+
+
+def _reach(
+    stack: LayerStack, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], budget: int
+) -> Reach | None:
+    """What bounds delta; None where the edited layers can give any."""
+    if adds_as_is(stack, encode(tokenizer, requests[0].text).ids):
+        return None
+    return Reach(ActivationsPass(stack, tokenizer, requests, ((BARE,),), budget))
 
 
 def _layers_above(stack: LayerStack, hparams: TargetHParams) -> list[nn.Module]:
@@ -160,6 +178,7 @@ class _Loop:
         h0 = torch.stack([bare[i] for i in range(len(requests))])  # n x d
         self.h0 = h0.to(torch.promote_types(h0.dtype, torch.float32))
         self.h0_norm = self.h0.norm(dim=1)  # n
+        self.reach: Reach | None = None
 
     def _lay_out(self, prompts: Sequence[Prompt]) -> list[MicroBatch]:
         """Micro-batches that end at the same layer; a prompt has a row of its own where the model asks for it."""
@@ -184,7 +203,8 @@ class _Loop:
         """Adam on delta (n x d); a request that is done keeps the z it had then."""
         n, steps = len(self.edits), self.hparams.v_num_grad_steps
         delta = torch.zeros_like(self.h0).requires_grad_(True)
-        adam = torch.optim.Adam([delta], lr=self.hparams.v_lr)
+        variables = [delta] if self.reach is None else [self.reach.group(self.hparams.v_lr)]
+        adam = torch.optim.Adam(variables, lr=self.hparams.v_lr)
         final = torch.zeros_like(self.h0)
         losses = self.h0.new_zeros(n)
         n_steps = torch.zeros(n, dtype=torch.long, device=self.h0.device)
@@ -202,7 +222,7 @@ class _Loop:
             alive = alive & ~finished
             if last:
                 break
-            adam.step()
+            self._step(adam, delta)
             self._clamp(delta)
             known = stop_check.read(alive, losses)
             if known is None:
@@ -217,6 +237,16 @@ class _Loop:
             self._report_not_finite(losses, n_steps)
         log.debug("target z: losses %s, steps %s", losses.tolist(), n_steps.tolist())
         return TargetValues(self.h0 + final, self.h0, losses, n_steps)
+
+    def _step(self, adam: torch.optim.Adam, delta: Tensor) -> None:
+        """One step of delta (n x d), or of the changes of the modules' outputs that make it."""
+        if self.reach is not None:
+            assert delta.grad is not None
+            self.reach.pull_back(delta.grad)
+            delta.grad = None
+        adam.step()
+        if self.reach is not None:
+            delta.data.copy_(self.reach.delta())
 
     def _losses(self, delta: Tensor, gradient: bool) -> Tensor:
         """Loss of each request (n,); its gradient is added to delta.grad, one micro-batch after the other."""

@@ -39,6 +39,7 @@ from sphere.files import atomic_path
 from sphere.fingerprint import Fingerprint, tensor_digest
 from sphere.forward.layers import LayerStack
 from sphere.forward.numerics import numerics
+from sphere.forward.remaining import adds_as_is
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
 from sphere.values.compute_z import TargetValues, compute_z
@@ -49,7 +50,8 @@ from sphere.values.z_batches import KL_PROMPT
 log = logging.getLogger(__name__)
 
 FIELDS = ("z", "h0", "losses", "steps")
-# What the optimisation reads of the hyperparameters; the edited layers count by the last one only.
+# What the optimisation reads of the hyperparameters; of the edited layers the last one, and all of them
+# where they bound z.
 HPARAMS = (
     "clamp_norm_factor",
     "v_num_grad_steps",
@@ -122,11 +124,13 @@ class TargetValueCache:
     ) -> dict[str, Any]:
         """Everything that the numbers depend on, JSON-able."""
         prompts = [self._prompts(request, [t for group in templates for t in group]) for request in requests]
+        bounded = not adds_as_is(self.stack, encode(self.tokenizer, requests[0].text).ids)
         return {
             "weights": self.fingerprint.now(),
             **numerics(self.stack.model),
             "code": self._code,
             "z_layer": max(hparams.layers),
+            **({"layers": list(hparams.layers)} if bounded else {}),  # whose reach bounds z
             "hparams": {name: getattr(hparams, name) for name in HPARAMS},
             "templates": [list(group) for group in templates],
             "requests": _digest(prompts),

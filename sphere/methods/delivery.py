@@ -1,0 +1,67 @@
+"""What a batch's updates did to the outputs that its target values z ask for.
+
+An update may fall short of z: SPHERE takes a part of it away, a large second moment or earlier keys hold it back, keys
+of a batch are alike, a norm lets only so much through. Silence about that would pass for success.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Delivery = dict[str, float | None]
+DISTANCE, DELIVERED = "z_distance", "residual_delivered"
+# Further from z than this, relative to the way there, a batch is warned of.
+LARGEST_DISTANCE = 0.5
+
+
+def delivery(
+    targets: Tensor, first: Tensor, before: Tensor, after: Tensor, asked: Tensor, eps: float
+) -> Delivery:
+    """Metrics of one update.
+
+    Args:
+        targets: Z (out x n).
+        first: the z layer's outputs at the lookup tokens of the bare prompts, before the batch (out x n).
+        before, after: the same before and after the update was written (out x n).
+        asked: R (out x n), the change of these outputs that the update was to make.
+        eps: relative precision of the model's dtype.
+
+    Returns:
+        z_distance: sum ||Z - after|| / sum ||Z - first||, over the requests: what is still missing of the way to z.
+        residual_delivered: sum <after - before, R> / sum ||R||^2: the fraction of what was asked that came about.
+        Both None where z asks for no more than the dtype's rounding.
+    """
+    targets, first, before, asked = (t.to(after) for t in (targets, first, before, asked))
+    way, size = _norms(targets - first), _norms(targets)
+    if not way > eps * size:
+        return {DISTANCE: None, DELIVERED: None}
+    delivered = ((after - before) * asked).sum() / asked.square().sum()
+    return {DISTANCE: _norms(targets - after) / way, DELIVERED: float(delivered)}
+
+
+def shortfall(metrics: Mapping[str, Any], where: str) -> str | None:
+    """The warning on a batch whose last update leaves the outputs too far from z; None where there is none.
+
+    Args:
+        metrics: of the z layer's weight.
+        where: which batch.
+    """
+    distance = metrics.get(DISTANCE)
+    if distance is None or distance <= LARGEST_DISTANCE:
+        return None
+    told = "went further away from" if distance > 1 or math.isnan(distance) else "hardly moved towards"
+    return (
+        f"The outputs of {where} {told} their target values: {distance:.2f} of the distance to z is left after the "
+        "update, so the targets will hardly be likelier; see residual_delivered of each layer in batches.jsonl, and "
+        "try a smaller L2 or mom2_update_weight, or a weaker rule."
+    )
+
+
+def _norms(x: Tensor) -> float:
+    """Sum over requests of the norm of each column."""
+    return float(torch.linalg.vector_norm(x, dim=0).sum())
