@@ -163,13 +163,14 @@ def test_requests_with_one_prompt_have_residuals_of_their_own() -> None:
 
 
 def test_half_precision_ends_at_its_rounding() -> None:
-    model = model_of(NORMED["gemma3"], 0)
-    activations = pass_of(copy.deepcopy(model).bfloat16())
-    residual = asked_of(activations, 0.1)
-    found = module_residual(activations, 1, residual)
-    assert found.dtype == torch.float32
-    missing = (residual - given(model, 1, found)).norm(dim=0) / residual.norm(dim=0)
-    assert (missing < 0.3).all()
+    """What is missing is what is in float32, but for the rounding of an output ten times as large as R."""
+    whole = model_of(NORMED["gemma3"], 0)
+    residual, missing = asked_of(pass_of(whole), 0.1), []
+    for model in (whole, copy.deepcopy(whole).bfloat16()):
+        found = module_residual(pass_of(model), 1, residual)
+        assert found.dtype == torch.float32
+        missing.append((residual - given(whole, 1, found)).norm(dim=0) / residual.norm(dim=0))
+    assert (missing[1] < missing[0] + 0.1).all()
 
 
 # ---- edits ----

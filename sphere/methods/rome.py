@@ -103,7 +103,7 @@ class ROME(Method):
         """Those of the batch's facts, averaged over the facts whose z asks for anything."""
         mean: Delivery = {}
         for key in (DISTANCE, DELIVERED):
-            told = [metrics[key] for metrics in self._delivered if metrics[key] is not None]
+            told = [value for metrics in self._delivered if (value := metrics[key]) is not None]
             mean[key] = statistics.fmean(told) if told else None
         return {self.edited.weight_name(self.layer): mean}
 

@@ -80,7 +80,9 @@ def least_change(joint: JointChange, target: Tensor) -> Tensor:
         if not open_.any():
             break
         jvp, vjp = joint.linearised(e)
-        tried, left = _nearest_on_rays(joint, e + _damped_step(jvp, vjp, missing, damping), target)
+        tried, left = _nearest_on_rays(
+            joint, e + _damped_step(jvp, vjp, missing, damping, 10 * joint.eps), target
+        )
         gain = _norm(missing) - _norm(left)
         taken = open_ & (gain >= GAIN * size)
         e = torch.where(taken[..., None].to(u.device), tried, e)
@@ -91,19 +93,22 @@ def least_change(joint: JointChange, target: Tensor) -> Tensor:
     return e
 
 
-def _damped_step(jvp: Product, vjp: Product, missing: Tensor, damping: Tensor) -> Tensor:
+def _damped_step(jvp: Product, vjp: Product, missing: Tensor, damping: Tensor, tolerance: float) -> Tensor:
     """Conjugate gradients on (J^T J + c I) s = J^T missing, row by row: s (S x L x out).
 
     Args:
         damping: (S x 1), c in units of ||J^T missing||^2 / ||missing||^2.
+        tolerance: a row stops where the residual of this system is that much smaller than at first: what is left is
+            rounding, which the directions that J does not see would return divided by c.
     """
     rest = vjp(missing)  # S x L x out
-    square = _square(rest)  # S x 1 x 1
+    square = first = _square(rest)  # S x 1 x 1
     c = damping[..., None].to(rest) * _ratio(square, _square(missing)[..., None].to(rest))
     step, direction = torch.zeros_like(rest), rest
     for _ in range(INNER_STEPS):
         image = vjp(jvp(direction)) + c * direction
         length = _ratio(square, (direction * image).sum(dim=(1, 2), keepdim=True))
+        length = length * (square > tolerance**2 * first)
         step, rest = step + length * direction, rest - length * image
         before, square = square, _square(rest)
         direction = rest + _ratio(square, before) * direction
