@@ -157,17 +157,15 @@ def peak_of(way: Callable[[], Any], device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         way()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_THRESHOLD, MIB // 4)
-        library.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets the peak resident set (man 5 proc)
-    except (OSError, AttributeError):
+    if not reset_peak():
         return None
-    held = _status("RssAnon")
+    held = status_bytes("RssAnon")
     way()
-    peak, of_files = _status("VmHWM"), _status("RssFile")  # pages of libraries come and go: they do not count
-    library.mallopt(M_MMAP_THRESHOLD, 32 * MIB)  # as large as the library itself lets it grow
+    peak, of_files = (
+        status_bytes("VmHWM"),
+        status_bytes("RssFile"),
+    )  # pages of libraries come and go: they do not count
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 * MIB)  # as large as the library itself lets it grow
     if held is None or peak is None or of_files is None:
         return None
     return max(peak - of_files - held, 0)
@@ -179,7 +177,19 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _status(field: str) -> int | None:
+def reset_peak() -> bool:
+    """Count the peak resident set anew, with freed blocks handed back at once; False where the system cannot."""
+    try:
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_THRESHOLD, MIB // 4)
+        library.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", "ascii")  # resets the peak resident set (man 5 proc)
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def status_bytes(field: str) -> int | None:
     """A field of /proc/self/status in bytes; None where there is no such file."""
     try:
         lines = Path("/proc/self/status").read_text("ascii").splitlines()

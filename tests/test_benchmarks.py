@@ -11,7 +11,7 @@ import torch
 from conftest import GPT2_MODULES, LLAMA_MODULES, REQUESTS, tiny_gpt2, tiny_hparams, tiny_llama
 from tiny_run import records
 
-from benchmarks import alphaedit_solve, end_to_end, memit_solve, principal_directions, stages
+from benchmarks import alphaedit_solve, end_to_end, growth, memit_solve, principal_directions, stages
 from benchmarks.__main__ import write_section
 from benchmarks.common import (
     Comparison,
@@ -116,6 +116,29 @@ def test_scripts_run_at_small_sizes(script, flags, bound, tmp_path):
 def test_warm_start_study_runs(capsys):
     assert principal_directions.main(["--shape", "20", "30", "--warm_start"]) == 0
     assert "steps from the earlier ones" in capsys.readouterr().out
+
+
+# ---- growth ----
+
+
+def test_once_t_is_a_matrix_a_run_grows_no_more(tmp_path):
+    """What an editor keeps of the earlier batches, and its resume point, in bytes; and it is taken up exactly."""
+    path, results, inp, n = tmp_path / "rows.json", tmp_path / "results.md", 64, 20
+    flags = f"--n 300 --num_edits {n} --inp {inp} --json {path} --output {results}".split()
+    growth.main(flags)  # the exit code is of times, too
+    found = json.loads(path.read_text("utf-8"))
+    assert found["equal"]
+    rows = found["rows"]
+    assert [row["n_edits"] for row in rows] == [20 * i for i in range(1, 16)]
+    assert [row["matrix"] for row in rows] == [row["n_edits"] > inp for row in rows]
+    later = [row for row in rows if row["matrix"]]
+    for size in ("state", "resume"):
+        values = [row[size] for row in later]
+        assert max(values) <= 1.02 * min(values)
+        assert found["uneven"][size] <= 1.02
+    assert later[0]["state"] == 8 * inp * inp
+    assert rows[2]["state"] == (8 + 4) * inp * 3 * n  # B and the keys
+    assert "| 80 (T becomes a matrix) |" in results.read_text("utf-8")
 
 
 # ---- end to end ----
