@@ -183,6 +183,52 @@ def test_bfloat16_keeps_its_state_in_float32(tiny_tokenizer):
     assert (found.losses < exact.losses + 0.5).all()
 
 
+def test_layers_above_z_are_called_for_the_record_and_not_computed(model_and_hparams):
+    """Their calls and the result are those of layers that compute; afterwards they compute as before."""
+    model, hparams = model_and_hparams
+    stack, inputs = (
+        LayerStack(model, hparams),
+        {"input_ids": torch.tensor([[5, 9, 7, 3]]), "use_cache": False},
+    )
+    computed = []
+    for layer in range(4):
+        mlp = model.get_submodule(hparams.mlp_module_tmp.format(layer))
+        mlp.register_forward_hook(lambda *_, layer=layer: computed.append(layer))
+    with torch.no_grad():
+        recorded = stack.record(inputs, 1, 3)
+        assert computed == [0]
+        assert sorted(recorded.calls) == [1, 2, 3]
+        found = stack.logits(stack.run(recorded, recorded.hidden, 1, 3))
+        computed.clear()
+        assert torch.allclose(found, model(**inputs).logits, atol=1e-5)
+        assert computed == [0, 1, 2, 3]
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it(model_and_hparams):
+    """As layers on several devices have one, which moves what enters them; also where the pass fails."""
+    model, hparams = model_and_hparams
+    stack, inputs = (
+        LayerStack(model, hparams),
+        {"input_ids": torch.tensor([[5, 9, 7, 3]]), "use_cache": False},
+    )
+    layer, calls = stack.layers[2], []
+    original = layer.forward
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    layer.forward = forward
+    with torch.no_grad():
+        stack.record(inputs, 1, 3)
+        with pytest.raises(IndexError):
+            stack.record({**inputs, "input_ids": torch.tensor([[300]])}, 1, 3)
+        assert not calls
+        model(**inputs)
+    assert layer.forward is forward
+    assert calls == [1]
+
+
 def test_top_mlp_only_where_it_is_scored(tiny_tokenizer):
     """The modules see suffixes only, the top layer's MLP and the head fewer positions still."""
     model, hparams = tiny_llama(), tiny_hparams(LLAMA_MODULES, v_num_grad_steps=1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sphere.errors import SphereError
 from sphere.forward.checks import alike, check_logits, check_matrix
 from sphere.forward.head import logits_of
-from sphere.forward.modules import by_position, hidden_of, only_at
+from sphere.forward.modules import by_position, hidden_of, only_at, passed_on
 from sphere.forward.packing import Scored
 from sphere.forward.padding import PASS_OVERHEAD
 from sphere.forward.prefix_cache import FrozenPrefixCache
@@ -136,8 +136,9 @@ class LayerStack:
     def record(self, inputs: dict[str, Any], first: int, last: int) -> RecordedCalls:
         """Run the model up to layer `last`, keeping what enters layer `first` and the calls of layers first..last.
 
-        `first` may be one above `last`: then the output of layer `last` is kept and there are no calls. Nothing above
-        `last` is computed.
+        `first` may be one above `last`: then the output of layer `last` is kept and there are no calls. These layers
+        are called, but compute nothing unless `first` is 0: how they are called does not depend on what enters them.
+        Nothing above `last` is called.
 
         Args:
             inputs: keyword arguments of the model (input_ids, attention_mask, position_ids, past_key_values, ...).
@@ -170,6 +171,11 @@ class LayerStack:
                 hooks.callback(handle.remove)
             if first > last:
                 hooks.callback(self.layers[last].register_forward_hook(after).remove)
+            elif first > 0:
+                form: list[Any] = []
+                handle = self.layers[first - 1].register_forward_hook(lambda *call: form.append(call[-1]))
+                hooks.callback(handle.remove)
+                hooks.enter_context(passed_on(self.layers[first:last], form))
             self._forward(inputs)
         return RecordedCalls(entering[0], first, calls)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +45,24 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
             module.forward = own
         else:
             del module.forward
+
+
+@contextmanager
+def passed_on(layers: Sequence[nn.Module], form: Sequence[Any]) -> Iterator[None]:
+    """Within the block these layers compute nothing: each gives what enters it, in the form of a layer's output.
+
+    Args:
+        form: holds an output of another layer, a tensor or a tuple, by the time that these are called.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden if isinstance(form[-1], Tensor) else type(form[-1])([hidden, *form[-1][1:]])
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced_forward(layer, forward))
+        yield
 
 
 @contextmanager

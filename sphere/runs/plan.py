@@ -290,7 +290,7 @@ def _operations(
     if isinstance(hparams, TargetHParams):
         suffix, scored = n * ROWS * SUFFIX, n * (ROWS * SCORED + 1)
         step = suffix * (counted.forward + counted.backward) + 2 * scored * counted.head
-        once = (suffix + n * RUN_PREFIX) * (counted.below + counted.forward)
+        once = (suffix + n * RUN_PREFIX) * counted.below + n * RUN_PREFIX * counted.forward
         stages.append(("target values", "model", hparams.v_num_grad_steps * step + once))
         stages.append(("keys and residuals", "model", n * ROWS * (PREFIX + 1) * counted.below))
         stages.append(("solve", "float64", memory_of(method).solve_operations(hparams, sizes)))
