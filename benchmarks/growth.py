@@ -10,9 +10,9 @@ edits: the solve and what is kept for it. Beyond `in` keys its T is a matrix. Fr
 over windows that hold whole cycles of T's taking in later batches: the mean time of a batch within 20 % from window
 to window, the peak of the resident memory within 2 %.
 
-Seconds are the process's own CPU time on one thread, so that other work on the machine counts little. The resume
-point before the last batch is taken up by a second editor, in less than a minute, and both edit that batch: their
-weights must be equal bit for bit.
+Seconds are the process's own CPU time on one thread, so that other work on the machine counts little. The last resume
+point is then taken up by a second editor, in less than a minute, and both edit one more batch: their weights must be
+equal bit for bit.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def sentences(uneven: dict[str, float], taken_up: float, equal: bool) -> list[st
     return [
         f"Largest by smallest window of two cycles, once T is a matrix: {'; '.join(ratios) or 'too few batches'}.",
         f"The resume point is taken up in {taken_up:.2f} s of wall time beside loading the model and preparing the "
-        f"method; both editors' weights after the last batch are {'equal bit for bit' if equal else 'NOT equal'}.",
+        f"method; both editors' weights after one more batch are {'equal bit for bit' if equal else 'NOT equal'}.",
     ]
 
 
@@ -291,23 +291,22 @@ def main(argv: list[str] | None = None) -> int:
     keys = random_keys(args.inp, 2 * args.inp, torch.device("cpu"))
     moment = keys @ keys.T / keys.shape[1]
     del keys
-    editor, requests = make_editor(args.inp, moment), facts(args.n)
-    *parts, last = [requests[i : i + args.num_edits] for i in range(0, args.n, args.num_edits)]
+    editor, requests = make_editor(args.inp, moment), facts(args.n + args.num_edits)
+    parts = [requests[i : i + args.num_edits] for i in range(0, args.n, args.num_edits)]
+    one_more = requests[args.n :]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        batches = [run_batch(editor, part, folder) for part in tqdm(parts, desc="batches")]
+        batches = [run_batch(editor, part, Path(name)) for part in tqdm(parts, desc="batches")]
         second = make_editor(args.inp, moment)
-        taken_up = take_up(second, folder)
-        second.edit(last)
-        del moment
-        batches.append(run_batch(editor, last, folder))
+        taken_up = take_up(second, Path(name))
+    for each in (editor, second):
+        each.edit(one_more)
     weights = editor.final_weights(), second.final_weights()
     equal = all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     cycle = args.inp // PENDING // args.num_edits + 1
-    uneven = unevenness(windows_of(batches[: len(parts)], cycle))
+    uneven = unevenness(windows_of(batches, cycle))
     said = sentences(uneven, taken_up, equal)
     command = f"python -m benchmarks.growth --n {args.n} --num_edits {args.num_edits} --inp {args.inp}"
-    body = section(command, rows_of(batches[: len(parts)], cycle), said, time.perf_counter() - begin)
+    body = section(command, rows_of(batches, cycle), said, time.perf_counter() - begin)
     print(body)
     if args.output:
         write_section(args.output, "Growth (CPU)", body)
