@@ -13,6 +13,8 @@ from sphere.errors import SphereError
 
 log = logging.getLogger(__name__)
 
+NAMED = 3  # cases that a warning names
+
 
 @dataclass(frozen=True)
 class EditRequest:
@@ -58,8 +60,8 @@ class EditRequest:
 
     @property
     def subject_end(self) -> int:
-        """Number of characters of `text` up to the end of the subject."""
-        return self.prompt.index("{}") + len(self.subject)
+        """Number of characters of `text` up to the end of the subject, without blanks behind it."""
+        return self.prompt.index("{}") + len(self.subject.rstrip())
 
 
 def check_text(text: str, name: str) -> None:
@@ -87,10 +89,24 @@ def check_encodable(text: str, name: str) -> None:
         ) from error
 
 
+def named_cases(requests: Sequence[EditRequest]) -> str:
+    """ "case 3 'Ann ', case 5 'Bo ' and 7 more", by their subjects."""
+    named = ", ".join(f"case {r.case_id} {r.subject!r}" for r in requests[:NAMED])
+    return named if len(requests) <= NAMED else f"{named} and {len(requests) - NAMED} more"
+
+
 def check_batch(requests: Sequence[EditRequest]) -> list[str]:
-    """Report (and log) requests of one batch that repeat or contradict one another; returns the sentences."""
+    """Report (and log) what is odd about the requests of one batch; returns the sentences.
+
+    That is requests that repeat or contradict one another, and subjects with blanks behind them.
+    """
     seen: dict[tuple[str, str], EditRequest] = {}
     warnings = []
+    if ending := [request for request in requests if request.subject != request.subject.rstrip()]:
+        warnings.append(
+            f"Subjects end in a blank ({named_cases(ending)}): they are edited at the last token before it, and their "
+            "prompts stay as they are."
+        )
     for request in requests:
         first = seen.setdefault((request.subject, request.prompt), request)
         if first is request:

@@ -24,12 +24,20 @@ def covering(tokenizer: Any, ids: list[int], n_characters: int) -> int:
     raise ValueError(f"the tokens {ids} decode to fewer than {n_characters} characters")
 
 
+def completing(tokenizer: Any, ids: list[int], text: str) -> int:
+    """Index of the first token with which all of `text` is decoded, its last character whole."""
+    for end in range(1, len(ids) + 1):
+        if tokenizer.decode(ids[:end], skip_special_tokens=True).startswith(text):
+            return end - 1
+    raise ValueError(f"the tokens {ids} do not decode to {text!r}")
+
+
 def to_subject(tokenizer: Any, template: str, request: EditRequest) -> tuple[str, list[int]]:
     """A request in a context template: the text, and its tokens up to the one that ends the subject."""
     before, after = template.replace("{}", request.prompt).split("{}")
     text = before + request.subject + after
     ids = token_ids(tokenizer, text)
-    return text, ids[: covering(tokenizer, ids, len(before + request.subject)) + 1]
+    return text, ids[: completing(tokenizer, ids, before + request.subject.rstrip()) + 1]
 
 
 def with_target(tokenizer: Any, text: str, target: str) -> tuple[list[int], int]:

@@ -27,7 +27,7 @@ TOP_K = 5
 
 @dataclass(frozen=True)
 class Filled:
-    """A text with its subject in place, and the number of characters up to the subject's end."""
+    """A text with its subject in place, and the number of characters up to the subject's end, blanks left out."""
 
     text: str
     subject_end: int
@@ -42,7 +42,8 @@ def fill(template: str, request: EditRequest, bos: str = "") -> Filled:
     prompt = template.replace(BARE, request.prompt)
     if bos and request.prompt.startswith(bos):
         prompt = bos + template.replace(BARE, request.prompt.removeprefix(bos))
-    return Filled(prompt.replace("{}", request.subject), prompt.index("{}") + len(request.subject))
+    end = prompt.index("{}") + len(request.subject.rstrip())
+    return Filled(prompt.replace("{}", request.subject), end)
 
 
 def generate_context_templates(

@@ -15,12 +15,19 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 
+UNFINISHED = "\ufffd"  # what the tokens of a part of a character decode to
+
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of a text and, per token, the end (in characters) of what it covers."""
+    """Token ids of a text and, per token, where (in characters) what it covers begins and ends.
+
+    A character of several tokens, as byte-level vocabularies make of 国, of an emoji or of an accent, is covered by
+    each of them. A token that covers nothing, such as a BOS that the tokenizer adds, ends where it begins.
+    """
 
     ids: list[int]
+    starts: list[int]
     ends: list[int]
 
     def token_at(self, position: int) -> int:
@@ -34,40 +41,63 @@ class Encoded:
                 return index
         raise IndexError(position)
 
+    def last_token_at(self, position: int) -> int:
+        """Index of the last token that covers the text's character `position`: with it the character is whole.
+
+        Raises:
+            IndexError: no token does.
+        """
+        for index in reversed(range(self.token_at(position), len(self.ids))):
+            if self.starts[index] <= position < self.ends[index]:
+                return index
+        return self.token_at(position)
+
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
     """Tokenise `text` as the model expects it: BOS where the tokenizer adds one, never two, never a trailing EOS."""
-    ids, ends = _fast(tokenizer, text) if tokenizer.is_fast else _slow(tokenizer, text)
+    ids, starts, ends = _fast(tokenizer, text) if tokenizer.is_fast else _slow(tokenizer, text)
     bos = tokenizer.bos_token_id
     if bos is not None and ids[:2] == [bos, bos] and ends[0] == 0:  # the text begins with a BOS of its own
-        ids, ends = ids[1:], ends[1:]
-    return Encoded(ids, ends)
+        ids, starts, ends = ids[1:], starts[1:], ends[1:]
+    return Encoded(ids, starts, ends)
 
 
-def _fast(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+def _fast(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
     batch = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-    ids, ends = list(batch["input_ids"]), [end for _, end in batch["offset_mapping"]]
+    ids, offsets = list(batch["input_ids"]), list(batch["offset_mapping"])
     special = batch["special_tokens_mask"]
-    while ids and special[len(ids) - 1] and ends[-1] == 0 and len(ids) > 1:
-        ids, ends = ids[:-1], ends[:-1]
-    return ids, _monotone(ends)
+    while ids and special[len(ids) - 1] and offsets[-1][1] == 0 and len(ids) > 1:
+        ids, offsets = ids[:-1], offsets[:-1]
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    following = len(text)
+    for i in reversed(range(len(ids))):  # a character that a normal form drops belongs to the token before it
+        if starts[i] < ends[i]:
+            dropped = text[ends[i] : following].rstrip()
+            ends[i] += len(dropped)
+            following = starts[i]
+    return ids, starts, _monotone(ends)
 
 
-def _slow(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+def _slow(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int], list[int]]:
     """Without offsets, a token ends where the shortest decoded prefix that contains it ends."""
     ids = list(tokenizer(text)["input_ids"])
     while len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
     bos = bos_text(tokenizer)
     before = len(bos) if bos and text.startswith(bos) else 0  # of the text, which decoding leaves out
-    empty = len(tokenizer.decode([]))
-    ends = [
-        before + len(tokenizer.decode(ids[: i + 1], skip_special_tokens=True)) - empty
-        for i in range(len(ids))
-    ]
+    shift = before - len(tokenizer.decode([]))
+    whole, ends = [], []  # characters that are whole after each token; and with the one that it leaves unfinished
+    for i in range(len(ids)):
+        decoded = tokenizer.decode(ids[: i + 1], skip_special_tokens=True)
+        n = len(decoded)
+        while n and decoded[n - 1] == UNFINISHED != text[n - 1 + shift : n + shift]:
+            n -= 1
+        whole.append(n + shift)
+        ends.append(n + shift + (n < len(decoded)))
     if before and ids[:2] == [tokenizer.bos_token_id] * 2:
-        ends[0] = 0  # that one was added
-    return ids, [min(end, len(text)) for end in _monotone(ends)]
+        whole[0] = ends[0] = 0  # that one was added
+    whole, ends = ([min(end, len(text)) for end in _monotone(found)] for found in (whole, ends))
+    return ids, [0, *whole[:-1]], ends
 
 
 def _monotone(ends: list[int]) -> list[int]:
@@ -142,14 +172,14 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) ->
 
 
 def subject_token(encoded: Encoded, subject_end: int, what: str) -> int:
-    """Index of the token that holds the subject's last character (`fact_token` "subject_last").
+    """Index of the token that completes the subject's last character (`fact_token` "subject_last").
 
     Args:
-        subject_end: number of characters of the text up to the end of the subject.
+        subject_end: number of characters of the text up to the end of the subject, without blanks behind it.
         what: names the request in the error.
     """
     try:
-        return encoded.token_at(subject_end - 1)
+        return encoded.last_token_at(subject_end - 1)
     except IndexError:
         raise SphereError(
             f"The subject of {what} is not among the tokens of its prompt: check subject and prompt."

@@ -82,7 +82,7 @@ def prompts_of(
     """
     what, prompts = f"case {request.case_id}", []
     encoded = encode(tokenizer, KL_PROMPT.format(request.subject))
-    kl_ids = encoded.ids[: subject_token(encoded, len(request.subject), what) + 1]
+    kl_ids = encoded.ids[: subject_token(encoded, len(request.subject.rstrip()), what) + 1]
     for template in templates:
         filled = fill(template, request, bos_text(tokenizer))
         ids, start = encode_pair(tokenizer, filled.text, request.target_new)
