@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from sphere.errors import SphereError
 
@@ -26,6 +26,8 @@ class EditRequest:
         subject: e.g. "Danielle Darrieux".
         target_new: the object to write, without or with its leading space, e.g. "English".
         target_true: the object that it replaces, where known (evaluation only).
+        joiner: what stands between a prompt and its target, e.g. "" for nothing; None: a blank where the writing and
+            the prompt's end want one (`sphere.values.joiner`).
 
     Raises:
         SphereError: a text that is blank or cannot be encoded, a prompt without one place for its subject, or a new
@@ -37,6 +39,7 @@ class EditRequest:
     subject: str
     target_new: str
     target_true: str | None = None
+    joiner: str | None = None
 
     def __post_init__(self) -> None:
         where = f"case {self.case_id}"
@@ -47,11 +50,19 @@ class EditRequest:
         for name in ("prompt", "subject", "target_new", "target_true"):
             if (text := getattr(self, name)) is not None:
                 check_text(text, f"'{name}' of {where}")
+        check_encodable(self.joiner or "", f"'joiner' of {where}")
         if self.target_true is not None and self.target_true.split() == self.target_new.split():
             raise SphereError(
                 f"'target_new' and 'target_true' of {where} are the same text, {self.target_new.strip()!r}: an edit "
                 "could not succeed, give another new target."
             )
+
+    def __repr__(self) -> str:
+        """All fields, but for a joiner that is not given: digests are as they were before there was one."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.joiner is None:
+            del values["joiner"]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 
     @property
     def text(self) -> str:

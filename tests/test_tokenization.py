@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import pytest
 from conftest import LLAMA_MODULES as MODULES
 from conftest import REQUESTS, tiny_hparams, tiny_llama
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.plain import tokens as plain
@@ -13,6 +17,7 @@ from sphere import EditRequest, SphereError
 from sphere.evaluation.generation import continue_prompts
 from sphere.evaluation.scoring import RecordScorer
 from sphere.forward.layers import LayerStack
+from sphere.requests import check_batch
 from sphere.values.compute_ks import ids_to_subject
 from sphere.values.compute_z import compute_z
 from sphere.values.context_templates import fill
@@ -25,6 +30,7 @@ from sphere.values.tokenization import (
     tokenizer_digest,
     truncated_ids,
 )
+from sphere.values.z_batches import prompts_of
 
 BOS, EOS = 257, 258
 
@@ -109,6 +115,93 @@ def test_a_character_of_several_bytes_begins_at_its_first_token(tokenizer, text)
     for position, character in enumerate(text):
         at = encoded.token_at(position)
         assert at == begins + len(text[:position].encode()), character
+
+
+SUBJECTS = [
+    "中国",
+    "Zoë",
+    unicodedata.normalize("NFD", "Zoë"),
+    "a😀",
+    "👩‍👩‍👧",
+    "القاهرة",
+    "חיפה",
+    "กรุงเทพฯ",
+    "Łódź",
+    "Ann",
+]
+
+
+@pytest.mark.parametrize("prompt", ["{}的首都是", "{} is", "The mother tongue of {}", "{}"])
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_a_lookup_is_the_token_that_completes_the_subject(tokenizer, prompt, subject):
+    request = EditRequest(0, prompt, subject, "纽约")
+    for template in ("{}", "It rained. {}"):
+        ids = ids_to_subject(tokenizer, template, request)
+        text = fill(template, request).text[: fill(template, request).subject_end]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+        assert tokenizer.decode(ids[:-1], skip_special_tokens=True) != text
+        found = prompts_of(tokenizer, 0, request, [template], kl=True, merge=False)
+        assert tuple(found[0].ids[: found[0].lookup + 1]) == ids
+        assert tokenizer.decode(found[1].ids, skip_special_tokens=True) == subject  # the KL prompt
+
+
+def merging(tiny_tokenizer, texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with merges: some of its tokens are parts of characters, some reach over two."""
+    backend = type(tiny_tokenizer.backend_tokenizer).from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=280, initial_alphabet=alphabet, special_tokens=["<|end|>"])
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
+
+
+def test_tokens_that_are_parts_of_characters_or_reach_over_two(tiny_tokenizer):
+    tokenizer = merging(tiny_tokenizer, ["国的 国的 中国 国 国是 是国 囗 因 固 的目"] * 3)
+    for text, subject in (("中国的首都", "中国"), ("国是", "国"), ("固的目", "固的"), ("因国", "因")):
+        encoded = encode(tokenizer, text)
+        lookup = subject_token(encoded, len(subject), "case 0")
+        whole = [tokenizer.decode(encoded.ids[: n + 1]).startswith(subject) for n in range(len(encoded.ids))]
+        assert lookup == whole.index(True)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_tokenizers_that_normalise(tiny_tokenizer, form, written):
+    """What they drop of a character belongs to the token before it."""
+    tokenizer = fast(tiny_tokenizer, "<s> $A")
+    tokenizer.backend_tokenizer.normalizer = getattr(normalizers, form)()
+    subject = unicodedata.normalize(written, "Zoë")
+    for prompt in ("{} is", "{}", "Is {}"):
+        ids = ids_to_subject(tokenizer, "{}", EditRequest(0, prompt, subject, "x"))
+        decoded = tokenizer.decode(ids, skip_special_tokens=True)
+        assert decoded == unicodedata.normalize(form, prompt.partition("{}")[0] + subject)
+
+
+def test_bytes_that_stand_for_unknown_characters():
+    """Of a vocabulary like Llama's: "▁" for blanks, bytes for what it has no piece for."""
+    vocabulary = {f"<0x{i:02X}>": i for i in range(256)} | {c: 256 + i for i, c in enumerate("▁abis")}
+    backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="a")
+    ids = ids_to_subject(tokenizer, "{}", EditRequest(0, "a {} is", "国", "b"))
+    assert bytes(ids[-3:]).decode() == "国"
+
+
+def test_blanks_behind_a_subject_are_no_part_of_it(tokenizer, caplog):
+    request = EditRequest(0, "The mother tongue of {}is", "Danielle Darrieux ", "English")
+    trimmed = EditRequest(0, "The mother tongue of {} is", "Danielle Darrieux", "English")
+    assert request.text == trimmed.text
+    assert request.subject_end == trimmed.subject_end
+    for template in ("{}", "So. {}"):
+        assert ids_to_subject(tokenizer, template, request) == ids_to_subject(tokenizer, template, trimmed)
+        own, other = (
+            prompts_of(tokenizer, 0, r, [template], kl=True, merge=False) for r in (request, trimmed)
+        )
+        assert [(p.ids, p.lookup) for p in own] == [(p.ids, p.lookup) for p in other]
+    others = [EditRequest(i, "{}is", f"Ann {i}\u3000", "x") for i in range(1, 6)]
+    (warning,) = check_batch([request, *others, trimmed])
+    assert "case 0 'Danielle Darrieux ', case 1" in warning
+    assert "and 3 more" in warning
+    assert caplog.messages == [warning]
 
 
 def test_a_target_begins_behind_its_prompt(tokenizer):

@@ -17,6 +17,7 @@ from sphere.methods.edited_model import EditedModel
 from sphere.methods.services import Services
 from sphere.methods.teacher_forcing import TeacherForcing
 from sphere.requests import EditRequest
+from sphere.values.joiner import Continued
 
 from .factors import rank_one_factors
 from .networks import MendEditor, Shape
@@ -80,7 +81,7 @@ class MEND(Method):
         self.prepare()
         assert self.editor is not None
         stack, tokenizer = self.edited.stack, self.edited.tokenizer
-        pairs = [(request.text, request.target_new) for request in requests]
+        pairs = [Continued(r.text, r.target_new, r.joiner) for r in requests]
         factors = rank_one_factors(TeacherForcing.of(stack, tokenizer, pairs), stack)
         for layer, delta in self.editor(factors).items():
             yield self.edited.weight_name(layer), self.hparams.lr_scale * delta

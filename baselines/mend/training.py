@@ -26,6 +26,7 @@ from sphere.forward.modules import inference
 from sphere.hparams import require
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.teacher_forcing import TeacherForcing
+from sphere.values.joiner import Continued
 
 from .factors import rank_one_factors
 from .method import MendHParams, edited_shapes
@@ -79,7 +80,7 @@ class Trained:
 class _Rows:
     """Prompts of a chunk's records, several of each record, of which some are drawn."""
 
-    def __init__(self, edited: EditedModel, pairs: Sequence[Sequence[tuple[str, str]]]) -> None:
+    def __init__(self, edited: EditedModel, pairs: Sequence[Sequence[Continued]]) -> None:
         self.counts = torch.tensor([len(p) for p in pairs])
         self.starts = torch.cumsum(self.counts, 0) - self.counts
         flat = [pair for group in pairs for pair in group]
@@ -105,12 +106,16 @@ class _Chunk:
     @classmethod
     def of(cls, edited: EditedModel, records: Sequence[Record], neighbors: int) -> _Chunk:
         requests = [record.request for record in records]
-        own = [[(r.text, r.target_new)] for r in requests]
+        own = [[Continued(r.text, r.target_new, r.joiner)] for r in requests]
         others = [
-            [(prompt, r.request.target_new) for prompt in r.paraphrase_prompts] for r in records
+            [Continued(p, r.request.target_new, r.request.joiner) for p in r.paraphrase_prompts]
+            for r in records
         ]  # the equivalence neighborhood, which holds the prompt itself
         near = [
-            [(p, answer or r.request.target_true or "") for p, answer in r.neighborhood[:neighbors]]
+            [
+                Continued(p, answer or r.request.target_true or "", r.request.joiner)
+                for p, answer in r.neighborhood[:neighbors]
+            ]
             for r in records
         ]
         rephrased = [a + b for a, b in zip(own, others, strict=True)]

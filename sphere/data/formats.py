@@ -71,7 +71,12 @@ def _counterfact(entry: Mapping[str, Any]) -> Record:
         raise SphereError(f"'prompt' has no '{{}}' for the subject: {prompt!r}")
     new, true = _get(rewrite, "target_new", dict), _get(rewrite, "target_true", dict)
     request = EditRequest(
-        case_id, prompt, subject, _text(new, "str", "target_new.str"), _text(true, "str", "target_true.str")
+        case_id,
+        prompt,
+        subject,
+        _text(new, "str", "target_new.str"),
+        _text(true, "str", "target_true.str"),
+        _joiner(entry),
     )
     return Record(
         case_id,
@@ -96,7 +101,8 @@ def _zsre(entry: Mapping[str, Any], index: int) -> Record:
     answers = _texts(entry, "answers")
     if not answers:
         raise SphereError("'answers' should be a list of at least one text")
-    request = EditRequest(index, _template(question, subject), subject, answers[0])
+    template = _template(question, subject)
+    request = EditRequest(index, template, subject, answers[0], joiner=_joiner(entry))
     unrelated = _text(entry, "loc")
     if not unrelated.startswith("nq question: "):
         raise SphereError(f"'loc' should begin with 'nq question: ', got {unrelated!r}")
@@ -134,6 +140,11 @@ def _text(entry: Mapping[str, Any], key: str, name: str | None = None) -> str:
     text: str = _get(entry, key, str, name=name)
     check_text(text, f"'{name or key}'")
     return text
+
+
+def _joiner(entry: Mapping[str, Any]) -> str | None:
+    """What a record says is to stand between its prompts and targets; it may be empty."""
+    return None if entry.get("joiner") is None else str(_get(entry, "joiner", str))
 
 
 def _optional_text(entry: Mapping[str, Any], key: str, name: str | None = None) -> str | None:

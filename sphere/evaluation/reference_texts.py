@@ -30,7 +30,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sphere.data.records import Record, fetch
 from sphere.errors import SphereError
 from sphere.files import read_json
-from sphere.values.tokenization import continuation
+from sphere.values.joiner import Continued
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def _statements(record: Record) -> list[_Statement]:
         sentences += [(prompt, request.target_true) for prompt in (request.text, *record.paraphrase_prompts)]
         sentences += [(prompt, answer or request.target_true) for prompt, answer in record.neighborhood]
     return [
-        _Statement(record.relation_id, target, prompt + continuation(target) + ".")
+        _Statement(record.relation_id, target, Continued(prompt, target, request.joiner).text + ".")
         for prompt, target in sentences
     ]
 

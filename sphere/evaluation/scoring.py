@@ -25,6 +25,7 @@ from sphere.errors import SphereError
 from sphere.forward.packing import Scored, TokenScores
 from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
+from sphere.values.joiner import Continued
 from sphere.values.tokenization import encode_pair
 
 log = logging.getLogger(__name__)
@@ -45,14 +46,14 @@ class RecordScorer:
     ) -> None:
         self.tokenizer = tokenizer
         self.scorer = PackedScorer(model, passes)
-        self._encoded: dict[tuple[str, str], Scored] = {}
+        self._encoded: dict[Continued, Scored] = {}
 
     def score(self, records: Sequence[Record], progress: bool | tqdm = True) -> list[Case]:
         """One JSON-able dict per record, in order; see `score_records`."""
         questions = [_questions(record) for record in records]
         wanted = {
-            self._encode(prompt, target)
-            for asked in questions
+            self._encode(Continued(prompt, target, record.request.joiner))
+            for record, asked in zip(records, questions, strict=True)
             for _, prompt, targets in asked
             for target in targets
         }
@@ -64,12 +65,11 @@ class RecordScorer:
                 scores = self.scorer.score(list(wanted), bar)
         return [self._case(r, asked, scores) for r, asked in zip(records, questions, strict=True)]
 
-    def _encode(self, prompt: str, target: str) -> Scored:
-        key = (prompt, target)
-        if key not in self._encoded:
-            ids, start = encode_pair(self.tokenizer, prompt, target)
-            self._encoded[key] = Scored(tuple(ids), start)
-        return self._encoded[key]
+    def _encode(self, pair: Continued) -> Scored:
+        if pair not in self._encoded:
+            ids, start = encode_pair(self.tokenizer, *pair)
+            self._encoded[pair] = Scored(tuple(ids), start)
+        return self._encoded[pair]
 
     def _case(
         self,
@@ -87,7 +87,7 @@ class RecordScorer:
             **{section: [] for section in SECTIONS},
         }
         for section, prompt, targets in questions:
-            sequences = [self._encode(prompt, target) for target in targets]
+            sequences = [self._encode(Continued(prompt, target, request.joiner)) for target in targets]
             judge = _compare_targets if record.kind == "counterfact" else _answer_tokens
             result = judge(section, sequences, [scores[s] for s in sequences])
             if record.kind == "zsre":

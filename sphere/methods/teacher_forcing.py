@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.forward.layers import LayerStack
 from sphere.forward.padding import pad_right
+from sphere.values.joiner import Continued
 from sphere.values.tokenization import encode_pair, padding_id
 
 
@@ -60,10 +61,10 @@ class TeacherForcing(nn.Module):
 
     @classmethod
     def of(
-        cls, stack: LayerStack, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]]
+        cls, stack: LayerStack, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Continued]
     ) -> TeacherForcing:
-        """From (prompt, target) texts."""
-        rows = [encode_pair(tokenizer, prompt, target) for prompt, target in pairs]
+        """From prompts and what follows them."""
+        rows = [encode_pair(tokenizer, *pair) for pair in pairs]
         return cls(stack, rows, padding_id(tokenizer))
 
     def select(self, rows: Tensor) -> TeacherForcing:

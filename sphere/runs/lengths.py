@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from sphere.data.records import Record
 from sphere.editor import Editor
+from sphere.values.joiner import Continued
 from sphere.values.lengths import CaseText
-from sphere.values.tokenization import continuation
 
 
 def check_records(editor: Editor, records: Sequence[Record]) -> None:
@@ -23,14 +23,16 @@ def check_records(editor: Editor, records: Sequence[Record]) -> None:
 def _scored_texts(record: Record) -> Iterator[CaseText]:
     request = record.request
     own = [target for target in (request.target_new, request.target_true) if target]
+
+    def case_text(what: str, prompt: str, target: str) -> CaseText:
+        return CaseText(record.case_id, what, Continued(prompt, target, request.joiner).text)
+
     for prompt in (request.text, *record.paraphrase_prompts):
         for target in own:
-            yield CaseText(record.case_id, "scored prompt with its target", prompt + continuation(target))
+            yield case_text("scored prompt with its target", prompt, target)
     for prompt, answer in record.neighborhood:
         targets = [answer] if record.kind == "zsre" else [request.target_new, answer or request.target_true]
         for target in filter(None, targets):
-            yield CaseText(
-                record.case_id, "neighborhood prompt with its target", prompt + continuation(target)
-            )
+            yield case_text("neighborhood prompt with its target", prompt, target)
     for prompt in record.generation_prompts:
         yield CaseText(record.case_id, "generation prompt", prompt)

@@ -41,7 +41,7 @@ def fill(template: str, request: EditRequest, bos: str = "") -> Filled:
     """
     prompt = template.replace(BARE, request.prompt)
     if bos and request.prompt.startswith(bos):
-        prompt = bos + template.replace(BARE, request.prompt.removeprefix(bos))
+        prompt = bos + template.removeprefix(bos).replace(BARE, request.prompt.removeprefix(bos))
     end = prompt.index("{}") + len(request.subject.rstrip())
     return Filled(prompt.replace("{}", request.subject), end)
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from sphere.errors import SphereError
 from sphere.requests import EditRequest
 from sphere.values.context_templates import fill
-from sphere.values.tokenization import continuation, encode
+from sphere.values.joiner import Continued
+from sphere.values.tokenization import encode
 from sphere.values.z_batches import KL_PROMPT
 
 # No character gives more tokens: one per byte of the 18 characters that Unicode's longest normal form has.
@@ -40,8 +41,8 @@ def edited_texts(
     """What editing runs: each prompt in its contexts with its target, and the KL prompt."""
     for request in requests:
         for template in (template for group in templates for template in group):
-            text = fill(template, request, bos).text + continuation(request.target_new)
-            yield CaseText(request.case_id, "prompt in its context with the new target", text)
+            pair = Continued(fill(template, request, bos).text, request.target_new, request.joiner)
+            yield CaseText(request.case_id, "prompt in its context with the new target", pair.text)
         yield CaseText(request.case_id, "subject", KL_PROMPT.format(request.subject))
 
 

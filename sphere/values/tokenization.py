@@ -14,6 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
+from sphere.values.joiner import continuation
 
 UNFINISHED = "\ufffd"  # what the tokens of a part of a character decode to
 
@@ -86,7 +87,10 @@ def _slow(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], lis
     bos = bos_text(tokenizer)
     before = len(bos) if bos and text.startswith(bos) else 0  # of the text, which decoding leaves out
     shift = before - len(tokenizer.decode([]))
-    whole, ends = [], []  # characters that are whole after each token; and with the one that it leaves unfinished
+    whole, ends = (
+        [],
+        [],
+    )  # characters that are whole after each token; and with the one that it leaves unfinished
     for i in range(len(ids)):
         decoded = tokenizer.decode(ids[: i + 1], skip_special_tokens=True)
         n = len(decoded)
@@ -149,19 +153,19 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def continuation(target: str) -> str:
-    """The text of a target as it follows a prompt: with one leading space."""
-    return target if target[:1].isspace() else " " + target
-
-
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, target: str) -> tuple[list[int], int]:
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, target: str, joiner: str | None = None
+) -> tuple[list[int], int]:
     """Tokenise `prompt` and its continuation together.
+
+    Args:
+        joiner: what stands between them; None: what the rule of `sphere.values.joiner` says.
 
     Returns:
         ids: tokens of the whole text.
         start: index of the target's first token: `ids[start:]` is what must be predicted.
     """
-    encoded = encode(tokenizer, prompt + continuation(target))
+    encoded = encode(tokenizer, prompt + continuation(prompt, target, joiner))
     try:
         start = encoded.token_at(len(prompt))
     except IndexError:

@@ -18,6 +18,7 @@ from sphere.forward.layers import LayerStack, RecordedCalls
 from sphere.forward.prefixes import PrefixStore, Segment, Slots
 from sphere.requests import EditRequest
 from sphere.values.context_templates import BARE, fill
+from sphere.values.joiner import Continued
 from sphere.values.tokenization import bos_text, encode, encode_pair, subject_token
 
 KL_PROMPT = "{} is a"
@@ -85,8 +86,9 @@ def prompts_of(
     kl_ids = encoded.ids[: subject_token(encoded, len(request.subject.rstrip()), what) + 1]
     for template in templates:
         filled = fill(template, request, bos_text(tokenizer))
-        ids, start = encode_pair(tokenizer, filled.text, request.target_new)
-        lookup = subject_token(encode(tokenizer, filled.text), filled.subject_end, what)
+        pair = Continued(filled.text, request.target_new, request.joiner)
+        ids, start = encode_pair(tokenizer, *pair)
+        lookup = subject_token(encode(tokenizer, pair.text), filled.subject_end, what)
         if lookup >= start:
             raise SphereError(
                 f"The subject of {what} shares its last token with the target: check the prompt."

@@ -150,7 +150,7 @@ class TargetValueCache:
         return [
             [request.prompt, request.subject, request.target_new],
             [[e.ids, e.ends] for e in encoded],
-            [encode_pair(self.tokenizer, f.text, request.target_new) for f in filled],
+            [encode_pair(self.tokenizer, f.text, request.target_new, request.joiner) for f in filled],
         ]
 
     @cached_property
