@@ -25,10 +25,12 @@ log = logging.getLogger(__name__)
 PUBLISHED_HOME = "https://memit.baulab.info/data/dsets"
 FILES = {
     "starter": "starter.json",
+    "facts_zh": "facts_zh.json",
     "cf": "counterfact.json",
     "mcf": "multi_counterfact.json",
     "zsre": "zsre_mend_eval.json",
 }
+SHIPPED = ("starter", "facts_zh")
 TIMEOUT_SECONDS = 20
 CHUNK_BYTES = 1 << 16
 
@@ -39,7 +41,7 @@ def load_records(ds_name: str, data_dir: str | Path = "data", limit: int | None 
     """The first `limit` records of a dataset (all by default, fewer where it has fewer), in its order.
 
     Args:
-        ds_name: "starter" (shipped with the project), "cf", "mcf" or "zsre".
+        ds_name: "starter" or "facts_zh" (shipped with the project), "cf", "mcf" or "zsre".
         data_dir: where the published file is, or is downloaded to.
 
     Raises:
@@ -88,14 +90,14 @@ def _locate(ds_name: str, data_dir: Path) -> Path:
     path = data_dir / FILES[ds_name]
     if path.exists():
         return path
-    if ds_name != "starter":
+    if ds_name not in SHIPPED:
         fetch(FILES[ds_name], path)
         return path
     embedded = shipped("data") / FILES[ds_name]
     if not embedded.exists():
         raise SphereError(
-            f"No {FILES[ds_name]} in {data_dir} or {embedded.parent}: build it with "
-            "`python -m scripts.build_starter`.",
+            f"No {FILES[ds_name]} in {data_dir} or {embedded.parent}: it comes with the project, put it back"
+            f"{' or build it with `python -m scripts.build_starter`' if ds_name == 'starter' else ''}.",
             argument="data_dir",
         )
     return embedded
