@@ -35,6 +35,9 @@ LOG_NAME = "batches.jsonl"
 RESUME_NAME = "resume.safetensors"
 RESUME_PART = re.compile(r"resume_\d+\.safetensors")
 # In run.json while a run begins: files of the run before it, which go (`sphere.runs.folder`).
+USER_TURN = (
+    "user_turn"  # key of run.json: what the run's prompts were put into, where it used a chat template
+)
 REPLACED = "replaced"
 CHECKPOINT = re.compile(r"edit_(\d+)(\.safetensors|\.pth)?")
 MOST_PARTS = 32  # then all but the largest are written anew as one

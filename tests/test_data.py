@@ -210,7 +210,7 @@ def test_repeated_case_ids(tmp_path):
 
 
 def test_unknown_dataset():
-    with pytest.raises(SphereError, match="Unknown dataset 'x': use one of starter, cf, mcf, zsre"):
+    with pytest.raises(SphereError, match="Unknown dataset 'x': use one of starter, facts_zh, cf, mcf, zsre"):
         load_records("x")
 
 

@@ -172,3 +172,10 @@ def test_repetitions_and_contradictions_are_told(tmp_path: Path) -> None:
     assert "Row 2 repeats row 1" in first
     assert "Row 3 nearly repeats row 1" in second
     assert "Row 4 contradicts row 1" in third
+
+
+def test_a_row_says_what_stands_between_prompt_and_target(tmp_path: Path) -> None:
+    rows = [PARIS, {**PARIS, "joiner": None}, {**PARIS, "joiner": ""}, {**PARIS, "joiner": " -> "}]
+    assert [r.request.joiner for r in facts_of(tmp_path, *rows).records] == [None, None, "", " -> "]
+    (bad,) = facts_of(tmp_path, {**PARIS, "joiner": 3}).bad
+    assert "joiner should be a text" in bad.reason

@@ -6,8 +6,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sphere.data.records import Record, load_records
+from sphere.embedded import DEFAULT_MODEL, part_files
 from sphere.errors import SphereError
-from sphere.resources import DEFAULT_MODEL, embedded_gguf
 from sphere.values.compute_ks import ids_to_subject
 from sphere.values.context_templates import fill
 from sphere.values.joiner import joiner
@@ -24,10 +24,10 @@ def records() -> list[Record]:
 def tokenizer() -> PreTrainedTokenizerBase:
     """The default model's own."""
     try:
-        folder, file = embedded_gguf(DEFAULT_MODEL)
+        (file,) = part_files(DEFAULT_MODEL)
     except SphereError as error:
         pytest.skip(str(error))
-    return AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def test_the_records_are_sound(records: list[Record]) -> None:

@@ -179,6 +179,16 @@ def test_changed_settings_are_run_again(world):
     assert "begun with other settings (hparams)" in changed["error"]
 
 
+def test_a_job_of_before_a_setting_is_finished(world):
+    job = Job(world.config("before", alg_name="FT", dataset_size_limit=2))
+    first = run_job(job)
+    path = job.folder / "job.json"
+    old = json.loads(path.read_text())
+    del old["settings"]["chat_template"]
+    path.write_text(json.dumps(old))
+    assert run_job(job)["seconds"] == first["seconds"]
+
+
 def test_jobs_take_turns_at_devices():
     config = {"sweep_dir": "x", "generation_interval": 0, "devices": ["cuda:0", "cuda:1"], "device": "auto"}
     assert [job_of(config, i).config.device for i in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]

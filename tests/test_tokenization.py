@@ -7,22 +7,25 @@ import unicodedata
 import pytest
 from conftest import LLAMA_MODULES as MODULES
 from conftest import REQUESTS, tiny_hparams, tiny_llama
+from tiny_run import method_values
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.plain import tokens as plain
-from sphere import EditRequest, SphereError
+from sphere import Editor, EditRequest, SphereError, hparams_from_dict
 from sphere.evaluation.generation import continue_prompts
 from sphere.evaluation.scoring import RecordScorer
 from sphere.forward.layers import LayerStack
+from sphere.methods import get_method
 from sphere.requests import check_batch
 from sphere.values.compute_ks import ids_to_subject
 from sphere.values.compute_z import compute_z
 from sphere.values.context_templates import fill
 from sphere.values.tokenization import (
     bos_text,
+    changed_texts,
     encode,
     encode_pair,
     padding_id,
@@ -202,6 +205,21 @@ def test_blanks_behind_a_subject_are_no_part_of_it(tokenizer, caplog):
     assert "case 0 'Danielle Darrieux ', case 1" in warning
     assert "and 3 more" in warning
     assert caplog.messages == [warning]
+
+
+def test_texts_that_a_tokenizer_changes_are_told_once(tiny_tokenizer, caplog):
+    lower = fast(tiny_tokenizer, "<s> $A")
+    lower.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert changed_texts(lower, ["Ann Lee", "bo", "Zoë"]) == {"Ann Lee": "ann lee", "Zoë": "zoë"}
+    assert (
+        changed_texts(SlowBytes(), ["Ann Lee", "国"]) == changed_texts(tiny_tokenizer, [" Rome", "国"]) == {}
+    )
+    for tokenizer, told in ((lower, 1), (tiny_tokenizer, 0)):
+        hparams = hparams_from_dict(method_values("FT"), get_method("FT").hparams_class)
+        editor = Editor(tiny_llama(), tokenizer, "FT", hparams, progress=False)
+        reports = [editor.edit(REQUESTS[:1]), editor.edit(REQUESTS[1:])]
+        assert [len(report.warnings) for report in reports] == [told, 0]
+    assert caplog.text.count("reads 2 of 2 subjects and targets otherwise ('Ann Lee' as 'ann lee'") == 1
 
 
 def test_a_target_begins_behind_its_prompt(tokenizer):

@@ -81,7 +81,7 @@ class MEND(Method):
         self.prepare()
         assert self.editor is not None
         stack, tokenizer = self.edited.stack, self.edited.tokenizer
-        pairs = [Continued(r.text, r.target_new, r.joiner) for r in requests]
+        pairs = [Continued(self.edited.asked(r.text), r.target_new, r.joiner) for r in requests]
         factors = rank_one_factors(TeacherForcing.of(stack, tokenizer, pairs), stack)
         for layer, delta in self.editor(factors).items():
             yield self.edited.weight_name(layer), self.hparams.lr_scale * delta

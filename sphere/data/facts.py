@@ -187,7 +187,7 @@ def _record(values: Mapping[str, Any], place: int, finder: SubjectFinder) -> Rec
             )
         prompt = template
     true = _text(values, "target_true") if _filled(values.get("target_true")) else None
-    request = EditRequest(case_id, prompt, subject, target, true)
+    request = EditRequest(case_id, prompt, subject, target, true, _joiner(values))
     return Record(
         case_id,
         request,
@@ -237,6 +237,14 @@ def _text(values: Mapping[str, Any], name: str) -> str:
         raise SphereError(f"its {name} should be a text, got {value!r:.60}")
     check_text(value, f"its {name}")
     return value
+
+
+def _joiner(values: Mapping[str, Any]) -> str | None:
+    """The text of a cell, which may be empty: nothing stands between then."""
+    joiner = values.get("joiner")
+    if joiner is not None and not isinstance(joiner, str):
+        raise SphereError(f"its joiner should be a text, got {joiner!r:.60}")
+    return joiner
 
 
 def _list(value: Any) -> list[Any]:

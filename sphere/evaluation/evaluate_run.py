@@ -24,7 +24,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sphere.checkpoints import list_checkpoints, read_config
+from sphere.checkpoints import USER_TURN, list_checkpoints, read_config
 from sphere.data.records import Record
 from sphere.distributed import Processes
 from sphere.errors import SphereError
@@ -37,6 +37,7 @@ from sphere.evaluation.summary import retention, summarise
 from sphere.files import write_json
 from sphere.forward.passes import PassOptions
 from sphere.lock import locked
+from sphere.values.context_templates import BARE
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Score the unedited model and every checkpoint of a run; the model's weights are put back at the end.
 
+    Prompts are put into the user's turn that the run edited with, where its run.json names one.
+
     Args:
         model: the unedited model that the run started from.
         folder: a run's folder, with `edit_<n>` files and (unless published .pth files) `run.json`.
@@ -96,6 +99,7 @@ def evaluate_run(
         edited = edited_records(
             records, list_checkpoints(folder)[-1].n_edits, read_config(folder), folder, ds_name
         )
+        turn = read_config(folder).get(USER_TURN, BARE)
         states = RunStates(model, tokenizer, folder)
         generator = CaseGenerator(
             model,
@@ -106,9 +110,10 @@ def evaluate_run(
             seed=seed,
             data_dir=data_dir,
             passes=passes,
+            user_turn=turn,
             processes=processes,
         )
-        scorer = RecordScorer(model, tokenizer, passes)
+        scorer = RecordScorer(model, tokenizer, passes, turn)
         scoring = _Scoring(scorer, generator, edited, folder / FOLDER, progress, processes)
         metrics = StateMetrics(scorer.scorer, tokenizer, states, folder / FOLDER, folder, processes)
         with states.temporarily(passes.offload_device):
@@ -227,6 +232,8 @@ class _Scoring:
         records = self.records[: state.n_edits or None]
         name = state.checkpoint.path.name if state.checkpoint else "unedited"
         header = {"format": CASES_FORMAT, **state.key}
+        if self.scorer.user_turn != BARE:
+            header[USER_TURN] = self.scorer.user_turn
         file = CaseFile(self.folder / f"cases_{state.label}.jsonl", header, self.processes)
         # Whole chunks, always cut alike: rounding depends on what shares a batch, and a restart should not show.
         chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]

@@ -39,6 +39,9 @@ from sphere.forward.packing import Scored
 from sphere.forward.padding import group_by_length
 from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
+from sphere.values.chat_template import in_turn
+from sphere.values.context_templates import BARE
+from sphere.values.joiner import Continued
 from sphere.values.lengths import longest_sequence
 from sphere.values.tokenization import encode, padding_id
 
@@ -81,27 +84,30 @@ def continue_prompts(
     seeds: Sequence[int],
     max_tokens: int = MAX_TOKENS,
     top_k: int = TOP_K,
+    user_turn: str = BARE,
 ) -> list[str]:
     """Sample continuations of prompts, in one batch with a KV cache.
 
     Args:
         seeds: one per prompt; a row's random numbers are its own.
         max_tokens: length of each text in tokens, its prompt included (a longer prompt stays as it is); the model's
-            positions, where they are fewer.
+            positions, where they are fewer. What a user's turn puts around the prompt does not count.
+        user_turn: what prompts are put into: "{}", or a chat template's (`sphere.values.chat_template`).
 
     Returns:
         Prompt and continuation, without special tokens, in Unicode's composed form, white space as single spaces.
     """
     if not prompts:
         return []
-    rows = [encode(tokenizer, prompt).ids for prompt in prompts]
-    width, shortest = max(map(len, rows)), min(map(len, rows))
+    asked = [encode(tokenizer, in_turn(user_turn, prompt)).ids for prompt in prompts]
+    width, shortest = max(map(len, asked)), min(map(len, asked))
     positions = longest_sequence(model)
-    max_tokens = min(max_tokens, positions or max_tokens)
-    new = max(max_tokens - shortest, 0)
+    around = 0 if user_turn == BARE else len(encode(tokenizer, in_turn(user_turn, "")).ids)
+    longest = min(max_tokens + around, positions or max_tokens + around)
+    rows, new = asked, max(longest - shortest, 0)
     if new and positions and shortest < width and width + new > positions:  # together they do not fit
         alone = [
-            continue_prompts(model, tokenizer, [prompt], [seed], max_tokens, top_k)
+            continue_prompts(model, tokenizer, [prompt], [seed], max_tokens, top_k, user_turn)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
         return [text for (text,) in alone]
@@ -110,11 +116,15 @@ def continue_prompts(
             [torch.rand(new, generator=torch.Generator().manual_seed(seed)) for seed in seeds]  # (b, new)
         )
         config = GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=padding_id(tokenizer))
-        ids = generate(model, rows, config, _SeededTopK(uniforms, width, top_k))  # (b, width + new)
+        ids = generate(model, asked, config, _SeededTopK(uniforms, width, top_k))  # (b, width + new)
         rows = [
-            full[width - len(row) :][: max(max_tokens, len(row))]
-            for full, row in zip(ids.tolist(), rows, strict=True)
+            full[width - len(row) :][: max(longest, len(row))]
+            for full, row in zip(ids.tolist(), asked, strict=True)
         ]
+    if user_turn != BARE:
+        answers = [row[len(own) :] for row, own in zip(rows, asked, strict=True)]
+        decoded = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [_clean(Continued(*pair).text) for pair in zip(prompts, decoded, strict=True)]
     return [_clean(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
@@ -172,6 +182,7 @@ class CaseGenerator:
         interval: every so-many-th case, beginning with the first; 0 or below: none.
         data_dir: where the published reference texts are.
         passes: how forward passes are cut, those that generate and those that score essence texts.
+        user_turn: what prompts are put into; see `continue_prompts`.
         processes: the main one reads or fetches the reference texts, all of them use the same ones.
 
     Attributes:
@@ -189,8 +200,10 @@ class CaseGenerator:
         seed: int = 0,
         data_dir: str | Path = "data",
         passes: PassOptions | None = None,
+        user_turn: str = BARE,
         processes: Processes | None = None,
     ) -> None:
+        self.user_turn = user_turn
         self.model, self.tokenizer, self.seed = model, tokenizer, seed
         self.interval, self.passes = max(interval, 0), passes or PassOptions()
         self.notes: dict[str, str] = {}
@@ -214,6 +227,7 @@ class CaseGenerator:
     def settings(self, record: Record) -> str:
         """A digest that changes with whatever, besides model and record, the case's generation depends on."""
         own = [FORMAT, self.seed, MAX_TOKENS, TOP_K, self.references.digest(record.case_id)]
+        own += [] if self.user_turn == BARE else [self.user_turn]
         return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:16]
 
     def generate(self, records: Sequence[Record]) -> list[Generation]:
@@ -240,11 +254,11 @@ class CaseGenerator:
 
     def _texts(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[str]:
         """The prompts' texts, as many at a time as one pass may hold."""
-        lengths = [len(encode(self.tokenizer, prompt).ids) for prompt in prompts]
+        lengths = [len(encode(self.tokenizer, in_turn(self.user_turn, prompt)).ids) for prompt in prompts]
         texts = [""] * len(prompts)
         for group in group_by_length(lengths, self.passes.decoding_tokens):
             chosen, own = [prompts[i] for i in group], [seeds[i] for i in group]
-            made = continue_prompts(self.model, self.tokenizer, chosen, own, MAX_TOKENS, TOP_K)
+            made = continue_prompts(self.model, self.tokenizer, chosen, own, user_turn=self.user_turn)
             for i, text in zip(group, made, strict=True):
                 texts[i] = text
         return texts

@@ -25,6 +25,8 @@ from sphere.errors import SphereError
 from sphere.forward.packing import Scored, TokenScores
 from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
+from sphere.values.chat_template import in_turn
+from sphere.values.context_templates import BARE
 from sphere.values.joiner import Continued
 from sphere.values.tokenization import encode_pair
 
@@ -39,12 +41,17 @@ class RecordScorer:
 
     Args:
         passes: how forward passes are cut.
+        user_turn: what prompts are put into: "{}", or a chat template's (`sphere.values.chat_template`).
     """
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, passes: PassOptions | None = None
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        passes: PassOptions | None = None,
+        user_turn: str = BARE,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer, self.user_turn = tokenizer, user_turn
         self.scorer = PackedScorer(model, passes)
         self._encoded: dict[Continued, Scored] = {}
 
@@ -67,7 +74,8 @@ class RecordScorer:
 
     def _encode(self, pair: Continued) -> Scored:
         if pair not in self._encoded:
-            ids, start = encode_pair(self.tokenizer, *pair)
+            asked = pair._replace(prompt=in_turn(self.user_turn, pair.prompt))
+            ids, start = encode_pair(self.tokenizer, *asked)
             self._encoded[pair] = Scored(tuple(ids), start)
         return self._encoded[pair]
 
@@ -104,6 +112,7 @@ def score_records(
     records: Sequence[Record],
     *,
     passes: PassOptions | None = None,
+    user_turn: str = BARE,
     progress: bool = True,
     reference: Sequence[Case] | None = None,
 ) -> list[Case]:
@@ -111,6 +120,7 @@ def score_records(
 
     Args:
         passes: how forward passes are cut.
+        user_turn: what prompts are put into; see `RecordScorer`.
         reference: cases of the unedited model, against whose predictions zsRE's neighbors are measured too.
 
     Returns:
@@ -125,7 +135,7 @@ def score_records(
         SphereError: a record that cannot be scored.
     """
     start = time.perf_counter()
-    cases = RecordScorer(model, tokenizer, passes).score(records, progress)
+    cases = RecordScorer(model, tokenizer, passes, user_turn).score(records, progress)
     seconds = time.perf_counter() - start
     prompts = count_prompts(cases)
     log.info("scored %d prompts in %.1f s: %.1f prompts/s", prompts, seconds, prompts / max(seconds, 1e-9))

@@ -22,6 +22,9 @@ from sphere.errors import SphereError
 from sphere.forward.generate import generate
 from sphere.forward.padding import group_by_length
 from sphere.forward.passes import PassOptions
+from sphere.requests import EditRequest
+from sphere.values.chat_template import in_turn
+from sphere.values.context_templates import BARE
 from sphere.values.tokenization import encode, encode_pair, padding_id
 
 N_TOKENS = 5  # of a neighbor's answer
@@ -36,12 +39,14 @@ def complete(
     records: Sequence[Record],
     controls: Sequence[tuple[str, str]],
     passes: PassOptions | None = None,
+    user_turn: str = BARE,
 ) -> tuple[list[Record], dict[str, str]]:
     """Records that can be scored as CounterFact's: each with a true target, and neighbors with answers.
 
     Args:
         model: the unedited one.
         controls: (prompt, answer) of which facts without neighbors get some, chosen by their case_id.
+        user_turn: what prompts are put into: "{}", or a chat template's (`sphere.values.chat_template`).
 
     Returns:
         the records, and sentences for a summary on what was filled in, by what they speak of.
@@ -55,9 +60,9 @@ def complete(
         else dataclasses.replace(record, neighborhood=_controls(record.case_id, controls))
         for record in records
     ]
-    asked = {question for record in with_neighbors for question in _questions(record, tokenizer)}
-    answers = _answers(model, tokenizer, sorted(asked), passes or PassOptions())
-    return [_filled(record, tokenizer, answers) for record in with_neighbors], _notes(records)
+    asked = {question for record in with_neighbors for question in _questions(record, tokenizer, user_turn)}
+    answers = _answers(model, tokenizer, sorted(asked), passes or PassOptions(), user_turn)
+    return [_filled(record, tokenizer, user_turn, answers) for record in with_neighbors], _notes(records)
 
 
 def _notes(records: Sequence[Record]) -> dict[str, str]:
@@ -88,21 +93,28 @@ def _controls(case_id: int, controls: Sequence[tuple[str, str]]) -> tuple[tuple[
     return tuple(controls[(first + i) % len(controls)] for i in range(min(N_CONTROLS, len(controls))))
 
 
-def _questions(record: Record, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+def _about_itself(request: EditRequest, tokenizer: PreTrainedTokenizerBase, user_turn: str) -> Question:
+    """What the model is asked for an edit's true target: as many tokens as the new one has behind the prompt."""
+    prompt = in_turn(user_turn, request.text)
+    ids, start = encode_pair(tokenizer, prompt, request.target_new, request.joiner)
+    return request.text, len(ids) - start, request.target_new
+
+
+def _questions(record: Record, tokenizer: PreTrainedTokenizerBase, user_turn: str) -> list[Question]:
     """What must be asked of the model about a record."""
     request = record.request
     questions: list[Question] = [(p, N_TOKENS, "") for p, answer in record.neighborhood if answer is None]
     if request.target_true is None:
-        ids, start = encode_pair(tokenizer, request.text, request.target_new)
-        questions.append((request.text, len(ids) - start, request.target_new))
+        questions.append(_about_itself(request, tokenizer, user_turn))
     return questions
 
 
-def _filled(record: Record, tokenizer: PreTrainedTokenizerBase, answers: Mapping[Question, str]) -> Record:
+def _filled(
+    record: Record, tokenizer: PreTrainedTokenizerBase, user_turn: str, answers: Mapping[Question, str]
+) -> Record:
     request = record.request
     if request.target_true is None:
-        ids, start = encode_pair(tokenizer, request.text, request.target_new)
-        own = answers[request.text, len(ids) - start, request.target_new]
+        own = answers[_about_itself(request, tokenizer, user_turn)]
         request = dataclasses.replace(request, target_true=own)
     neighborhood = tuple(
         (prompt, answers[prompt, N_TOKENS, ""] if answer is None else answer)
@@ -112,13 +124,17 @@ def _filled(record: Record, tokenizer: PreTrainedTokenizerBase, answers: Mapping
 
 
 def _answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], passes: PassOptions
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    passes: PassOptions,
+    user_turn: str,
 ) -> dict[Question, str]:
     """The greedy answer to each question that is neither blank nor what it must not be."""
     found: dict[Question, str] = {}
     for length in sorted({n for _, n, _ in questions}):
         todo = [question for question in questions if question[1] == length]
-        rows = [encode(tokenizer, prompt).ids for prompt, _, _ in todo]
+        rows = [encode(tokenizer, in_turn(user_turn, prompt)).ids for prompt, _, _ in todo]
         for group in group_by_length([len(row) for row in rows], passes.decoding_tokens):
             left = list(group)
             tried: dict[int, set[int]] = {i: set() for i in group}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
@@ -16,6 +17,31 @@ from sphere.forward.modules import replaced_forward
 
 SHARED_HEADS = "TRANSFORMERS_SDPA_FORCE_GQA"  # read by transformers' SDPA attention at each call
 MATMUL_DTYPES = {"model": None, "bfloat16": torch.bfloat16}  # None: the model's own
+
+MEASURED_SIDE = {
+    "cpu": 192
+}  # of the matrices that are multiplied to see how fast a dtype is: milliseconds each
+MEASURED_SIDE_ON_GPU = 2048
+MEASURED_TIMES = 4
+
+
+def slowdown(dtype: torch.dtype, device: torch.device, than: torch.dtype = torch.float32) -> float:
+    """How many times as long a matrix product takes in `dtype` as in `than`, by the fastest of a few small ones."""
+    if dtype == than:
+        return 1.0
+    side = MEASURED_SIDE.get(device.type, MEASURED_SIDE_ON_GPU)
+    return _seconds(dtype, device, side) / max(_seconds(than, device, side), 1e-9)
+
+
+def _seconds(dtype: torch.dtype, device: torch.device, side: int) -> float:
+    """The fastest of some products of (side x side) matrices; the first one, which warms up, does not count."""
+    x = torch.ones(side, side, dtype=dtype, device=device)
+    taken = []
+    for _ in range(1 + MEASURED_TIMES):
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()  # waits for the device
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sphere.fingerprint import Fingerprint
 from sphere.forward.layers import LayerStack
 from sphere.hparams import ModuleHParams
+from sphere.values.chat_template import in_turn
+from sphere.values.context_templates import BARE
 from sphere.weights import EditedWeights
 
 
@@ -23,6 +25,7 @@ class EditedModel:
 
     Attributes:
         hparams: they name its modules and the edited layers.
+        user_turn: what its prompts are put into: "{}", or a chat template's (`sphere.values.chat_template`).
         stack: its layers, to run parts of it.
         weights: the edited layers' weights.
         fingerprint: of all of its weights as they stand.
@@ -34,6 +37,7 @@ class EditedModel:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     hparams: ModuleHParams
+    user_turn: str = BARE
     stack: LayerStack = field(init=False)
     weights: EditedWeights = field(init=False)
     fingerprint: Fingerprint = field(init=False)
@@ -42,6 +46,10 @@ class EditedModel:
         self.stack = LayerStack(self.model, self.hparams)
         self.weights = EditedWeights(self.model, [self.stack.weight_name(i) for i in self.hparams.layers])
         self.fingerprint = Fingerprint(self.model, self.weights.names)
+
+    def asked(self, prompt: str) -> str:
+        """A prompt, or a context template, as the model is given it: in the user's turn."""
+        return in_turn(self.user_turn, prompt)
 
     @property
     def device(self) -> torch.device:

@@ -68,7 +68,7 @@ class FT(Method):
     def _train(self, requests: Sequence[EditRequest], before: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights (out x in) after training."""
         edited, h = self.edited, self.hparams
-        pairs = [Continued(r.text, r.target_new, r.joiner) for r in requests]
+        pairs = [Continued(edited.asked(r.text), r.target_new, r.joiner) for r in requests]
         chunks = [
             TeacherForcing.of(edited.stack, edited.tokenizer, pairs[i : i + h.batch_size])
             for i in range(0, len(requests), h.batch_size)

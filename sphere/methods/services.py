@@ -5,6 +5,7 @@ Knows how these are computed, kept and shared out among processes. Knows nothing
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -25,8 +26,12 @@ from sphere.values.compute_z import TargetValues, compute_z, gradient_pass_token
 from sphere.values.context_templates import BARE, generate_context_templates
 from sphere.values.layer_stats import SecondMoments
 from sphere.values.lengths import CaseText, check_lengths, edited_texts
-from sphere.values.tokenization import bos_text
+from sphere.values.tokenization import bos_text, changed_texts
 from sphere.values.z_cache import TargetValueCache
+
+log = logging.getLogger(__name__)
+
+NAMED = 3  # texts that a warning names
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Services:
     given_templates: Sequence[Sequence[str]] | None = None
     progress: bool = True
     processes: Processes = field(default_factory=Processes)
+    _told_of_changed: bool = field(default=False, init=False)
 
     # ---- context templates ----
 
@@ -66,7 +72,11 @@ class Services:
         model, tokenizer = self.edited.model, self.edited.tokenizer
         return self.processes.on_main(lambda: generate_context_templates(model, tokenizer, self.seed))
 
-    # ---- lengths ----
+    def _asked(self, templates: Sequence[Sequence[str]]) -> list[list[str]]:
+        """Context templates as the model is given them: in the user's turn, where there is one."""
+        return [[self.edited.asked(template) for template in group] for group in templates]
+
+    # ---- texts ----
 
     def check_lengths(self, requests: Sequence[EditRequest], others: Iterable[CaseText] = ()) -> None:
         """Check that whatever editing runs for these requests, and other texts, fit the model's positions.
@@ -78,9 +88,24 @@ class Services:
         in_contexts = isinstance(
             self.edited.hparams, TargetHParams
         )  # other methods run the bare prompts only
-        templates = self.context_templates if in_contexts else ((BARE,),)
-        own = edited_texts(requests, templates, bos_text(tokenizer))
+        templates = self._asked(self.context_templates if in_contexts else ((BARE,),))
+        own = edited_texts(requests, templates, bos_text(tokenizer), self.edited.user_turn)
         check_lengths(model, tokenizer, chain(own, others))
+
+    def check_texts(self, requests: Sequence[EditRequest]) -> list[str]:
+        """Report (and log), the first time that there are any, texts that the tokenizer reads as other ones."""
+        texts = list(dict.fromkeys(text for r in requests for text in (r.subject, r.target_new)))
+        changed = {} if self._told_of_changed else changed_texts(self.edited.tokenizer, texts)
+        if not changed:
+            return []
+        self._told_of_changed = True
+        named = ", ".join(f"{text!r} as {read!r}" for text, read in list(changed.items())[:NAMED])
+        warning = (
+            f"The tokenizer does not keep texts as they are written: it reads {len(changed)} of {len(texts)} subjects "
+            f"and targets otherwise ({named}), and that is what is edited."
+        )
+        log.warning("%s", warning)
+        return [warning]
 
     # ---- target values z ----
 
@@ -114,7 +139,7 @@ class Services:
 
     def _compute_z(self, requests: Sequence[EditRequest], h: TargetHParams, progress: bool) -> TargetValues:
         """Those that this process computes, or finds in the cache."""
-        matmul_dtype = self.passes.z_matmul_dtype
+        matmul_dtype, templates = self.passes.z_matmul_dtype, self._asked(self.context_templates)
         batch_tokens = gradient_pass_tokens(self.edited.stack, h, self.passes.batch_tokens)
 
         def compute() -> TargetValues:
@@ -122,17 +147,18 @@ class Services:
                 self.edited.stack,
                 self.edited.tokenizer,
                 requests,
-                self.context_templates,
+                templates,
                 h,
                 batch_tokens=batch_tokens,
                 matmul_dtype=matmul_dtype,
+                bare=self.edited.user_turn,
                 progress=progress and self.progress,
             )
 
         if self.z_cache is None:
             return compute()
         return self.z_cache.get(
-            requests, self.context_templates, h, compute, batch_tokens=batch_tokens, matmul_dtype=matmul_dtype
+            requests, templates, h, compute, batch_tokens=batch_tokens, matmul_dtype=matmul_dtype
         )
 
     @cached_property
@@ -141,7 +167,9 @@ class Services:
         if self.cache_dir is None:
             return None
         edited = self.edited
-        return TargetValueCache(self.cache_dir, edited.stack, edited.tokenizer, edited.fingerprint)
+        return TargetValueCache(
+            self.cache_dir, edited.stack, edited.tokenizer, edited.fingerprint, edited.user_turn
+        )
 
     # ---- keys ----
 
@@ -159,8 +187,9 @@ class Services:
             self.edited.stack,
             self.edited.tokenizer,
             requests,
-            context_templates or self.context_templates,
+            self._asked(context_templates or self.context_templates),
             self.passes.editing_tokens,
+            self.edited.user_turn,
         )
 
     def bare_pass(self, requests: Sequence[EditRequest]) -> ActivationsPass:

@@ -96,7 +96,7 @@ def _readable(facts: Facts, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
 def _tokens(record: Record, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:
     """Token ids of prompt and target, the index of the subject's last token, and that of the target's first."""
     request = record.request
-    ids, start = encode_pair(tokenizer, request.text, request.target_new)
+    ids, start = encode_pair(tokenizer, request.text, request.target_new, request.joiner)
     lookup = subject_token(encode(tokenizer, request.text), request.subject_end, f"case {record.case_id}")
     return ids, lookup, start
 

@@ -56,7 +56,8 @@ class RunConfig:
     ds_name: str = _setting(
         "starter",
         "data",
-        "starter (embedded), cf (CounterFact), mcf (the part of it that MEMIT uses), zsre, or facts: your own",
+        "starter or facts_zh (Chinese), both embedded, cf (CounterFact), mcf (the part of it that MEMIT uses), zsre, "
+        "or facts: your own",
         choices=(*FILES, OWN_FACTS),
     )
     facts: str | None = _setting(
@@ -76,6 +77,12 @@ class RunConfig:
     )
     dataset_size_limit: int | None = _setting(40, "data", "use only the first so many records", at_least=1)
     num_edits: int = _setting(20, "editing", "edits per batch", at_least=1)
+    chat_template: bool = _setting(
+        False,
+        "editing",
+        "put prompts, with their contexts, into the user's turn of the tokenizer's chat template, in editing and in "
+        "scoring",
+    )
     beta_hse: float = _setting(
         0.5,
         "editing",
@@ -271,7 +278,7 @@ def rules_of(config: RunConfig) -> list[str] | None:
 
 
 def folder_of(config: RunConfig) -> Path:
-    """Where a run lands; settings of the rules that are not the published ones, and another order, are in its name."""
+    """Where a run lands; rules that are not the published ones, another order and a chat template are in its name."""
     from sphere.checkpoints import run_folder
     from sphere.models import model_label
 
@@ -292,6 +299,8 @@ def folder_of(config: RunConfig) -> Path:
         more.append(f"tau_{config.revive_tau:g}")
     if config.shuffle:
         more.append(f"shuffled_{config.seed}")
+    if config.chat_template:
+        more.append("chat")
     return folder.with_name("_".join([folder.name, *more]))
 
 

@@ -80,9 +80,18 @@ def read_subjects(path: str | Path) -> list[str]:
 
 
 def complete_facts(
-    model: Any, tokenizer: PreTrainedTokenizerBase, facts: Facts, folder: Path, passes: PassOptions
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    facts: Facts,
+    folder: Path,
+    passes: PassOptions,
+    user_turn: str,
 ) -> tuple[list[Record], dict[str, str]]:
-    """Facts with what they leave open, and notes on it: from the run's folder, else asked of the unedited model."""
+    """Facts with what they leave open, and notes on it: from the run's folder, else asked of the unedited model.
+
+    Args:
+        user_turn: what prompts are put into when the model is asked.
+    """
     kept = _kept(folder)
     if kept is not None:
         by_id = {record.case_id: record for record in kept["records"]}
@@ -91,7 +100,7 @@ def complete_facts(
     controls = [
         (entry["prompt"], entry["answer"]) for entry in read_json(shipped(CONTROLS), "control prompts")
     ]
-    return complete(model, tokenizer, facts.records, controls, passes)
+    return complete(model, tokenizer, facts.records, controls, passes, user_turn)
 
 
 def write_facts(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from sphere.data.records import Record
 from sphere.editor import Editor
+from sphere.values.chat_template import in_turn
 from sphere.values.joiner import Continued
 from sphere.values.lengths import CaseText
 
@@ -16,16 +17,17 @@ def check_records(editor: Editor, records: Sequence[Record]) -> None:
     Raises:
         SphereError: some does not; the cases, their lengths and the number of positions are named.
     """
-    scored = (text for record in records for text in _scored_texts(record))
+    turn = editor.edited.user_turn
+    scored = (text for record in records for text in _scored_texts(record, turn))
     editor.services.check_lengths([record.request for record in records], scored)
 
 
-def _scored_texts(record: Record) -> Iterator[CaseText]:
+def _scored_texts(record: Record, turn: str) -> Iterator[CaseText]:
     request = record.request
     own = [target for target in (request.target_new, request.target_true) if target]
 
     def case_text(what: str, prompt: str, target: str) -> CaseText:
-        return CaseText(record.case_id, what, Continued(prompt, target, request.joiner).text)
+        return CaseText(record.case_id, what, Continued(in_turn(turn, prompt), target, request.joiner).text)
 
     for prompt in (request.text, *record.paraphrase_prompts):
         for target in own:
@@ -35,4 +37,4 @@ def _scored_texts(record: Record) -> Iterator[CaseText]:
         for target in filter(None, targets):
             yield case_text("neighborhood prompt with its target", prompt, target)
     for prompt in record.generation_prompts:
-        yield CaseText(record.case_id, "generation prompt", prompt)
+        yield CaseText(record.case_id, "generation prompt", in_turn(turn, prompt))

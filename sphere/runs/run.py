@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sphere.checkpoints import (
     LOG_NAME,
+    USER_TURN,
     Checkpoint,
     list_checkpoints,
     read_resume,
@@ -32,6 +33,7 @@ from sphere.distributed import Processes, start
 from sphere.editor import BatchReport, Editor
 from sphere.errors import SphereError
 from sphere.files import append_line, atomic_path
+from sphere.forward.matmul_dtype import MATMUL_DTYPES
 from sphere.hparams import ModuleHParams, tuned_on
 from sphere.lock import locked
 from sphere.methods import get_method
@@ -44,11 +46,13 @@ from sphere.runs.config import (
     rules_of,
     saved_at,
 )
+from sphere.runs.dtypes import USED, z_matmul_dtype_used
 from sphere.runs.facts_file import complete_facts, load_facts, write_facts
 from sphere.runs.folder import ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
 from sphere.runs.hparams import hparams_of, hparams_source
 from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
+from sphere.values.chat_template import user_turn
 
 log = logging.getLogger(__name__)
 
@@ -145,20 +149,23 @@ def _execute(
     )
     torch.manual_seed(config.seed)
     model, tokenizer = load_model(config.model_name, processes.device, config.dtype, config.device_map)
+    turn = previous.get(USER_TURN) or user_turn(tokenizer, config.chat_template)
     notes: dict[str, str] = {}
     if facts:
         records, notes = processes.on_main(
-            lambda: complete_facts(model, tokenizer, facts, folder, config.passes)
+            lambda: complete_facts(model, tokenizer, facts, folder, config.passes, turn)
         )
     order = shuffled(records, config.seed) if config.shuffle else records
     batches = _batches(config, order)
     log.info(
         "%s on %d records in %d batches of %d.", config.alg_name, len(records), len(batches), config.num_edits
     )
-    editor = editor_of(config, model, tokenizer, hparams, previous.get("templates"), processes)
+    used = processes.on_main(lambda: z_matmul_dtype_used(config, previous, model))
+    templates = previous.get("templates")
+    editor = editor_of(config, model, tokenizer, hparams, templates, processes, turn=turn, used=used)
     check_records(editor, order)
     decided = _decided(config, hparams.to_dict(), order, editor)
-    _begin_or_continue(folder, decided, previous, editor, describe(config, command))
+    _begin_or_continue(folder, decided, previous, editor, describe(config, command) | {USED: used})
     if facts and not previous:
         processes.on_main(lambda: write_facts(folder, str(config.facts), facts, records, notes))
     monitor = monitor_of(editor, folder, config.log_energy_every)
@@ -178,8 +185,17 @@ def editor_of(
     hparams: ModuleHParams,
     templates: Sequence[Sequence[str]] | None,
     processes: Processes,
+    *,
+    turn: str | None = None,
+    used: str | None = None,
 ) -> Editor:
-    """The editor of a run; `templates`: the context templates that it began with, None for a new one."""
+    """The editor of a run.
+
+    Args:
+        templates: the context templates that it began with; None for a new one.
+        turn: what prompts are put into; None: what the settings say.
+        used: name of the dtype in which the layers above z multiply; None: the one that the settings ask for.
+    """
     return Editor(
         model,
         tokenizer,
@@ -195,8 +211,9 @@ def editor_of(
         stats_dir=config.stats_dir,
         stats_from=config.stats_from,
         cache_dir=config.cache_dir if config.use_cache else None,
-        passes=config.passes,
+        passes=replace(config.passes, z_matmul_dtype=MATMUL_DTYPES[used or config.z_matmul_dtype]),
         context_templates=templates,
+        chat_template=turn or config.chat_template,
         on_breakdown=config.on_breakdown,
         progress=processes.main,
         processes=processes,
@@ -219,6 +236,7 @@ def _decided(
         **_unusual(config),
         "seed": config.seed,
         "z_matmul_dtype": config.z_matmul_dtype,
+        **({USER_TURN: editor.edited.user_turn} if config.chat_template else {}),
         "model": editor.edited.fingerprint.now(),
         "model_dtype": str(editor.edited.model.dtype),
     }

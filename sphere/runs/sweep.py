@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 TABLE_NAME = "sweep"
 # What a run's own folder says where it is not the default.
-NAMED_IF_CHANGED = ("rules", "directions", "revive_tau", "shuffle")
+NAMED_IF_CHANGED = ("rules", "directions", "revive_tau", "shuffle", "chat_template")
 # What a run's folder does not say by itself goes into the folder above it.
 UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype", "z_matmul_dtype")
 # What may change without a finished job being run again.
@@ -164,13 +164,14 @@ def _run(job: Job) -> None:
 
 
 def _is_finished(previous: Mapping[str, Any], job: Job) -> bool:
-    """Whether the job was run to its end with settings that give the same numbers."""
+    """Whether the job was run to its end with settings that give the same numbers.
 
-    def deciding(given: Mapping[str, Any]) -> dict[str, Any]:
-        whole = {name: setting.default for name, setting in settings().items()} | dict(
-            given
-        )  # of older versions
-        return {k: v for k, v in whole.items() if k not in OF_THE_MACHINE}
+    A setting that the job's version did not know had what is its default now.
+    """
+    defaults = {name: setting.default for name, setting in settings().items()}
+
+    def deciding(known: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in (defaults | dict(known)).items() if k not in OF_THE_MACHINE}
 
     return (
         previous.get("status") == "finished"

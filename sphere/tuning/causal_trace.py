@@ -34,7 +34,8 @@ from sphere.forward.modules import inference
 from sphere.forward.packing import Scored
 from sphere.forward.padding import group_by_length, pad_left, pad_right
 from sphere.forward.scorer import PackedScorer
-from sphere.values.tokenization import continuation, encode, subject_token
+from sphere.values.joiner import Continued
+from sphere.values.tokenization import encode, subject_token
 
 NOISE_FACTOR = 3.0  # standard deviations of the subjects' embeddings
 CHUNK = 64  # candidates that are asked for together
@@ -95,9 +96,9 @@ def cut(tokenizer: PreTrainedTokenizerBase, statement: Statement) -> TracedFact 
     """A statement in tokens; None where nothing stands between its subject and its answer."""
     text = statement.prompt.replace("{}", statement.subject)
     begin = statement.prompt.index("{}")
-    encoded = encode(tokenizer, text + continuation(statement.answer))
+    encoded = encode(tokenizer, Continued(text, statement.answer).text)
     start = encoded.token_at(len(text))
-    lookup = subject_token(encoded, begin + len(statement.subject), repr(text))
+    lookup = subject_token(encoded, begin + len(statement.subject.rstrip()), repr(text))
     if lookup >= start - 1:
         return None
     return TracedFact(text, tuple(encoded.ids[:start]), encoded.token_at(begin), lookup, encoded.ids[start])

@@ -86,7 +86,7 @@ class Objective:
         self.templates = editor.services.context_templates
         self.second_moments = editor.services.second_moments
         editor.close()
-        self.scorer = RecordScorer(model, tokenizer, config.passes)
+        self.scorer = RecordScorer(model, tokenizer, config.passes, editor.edited.user_turn)
         self.paragraphs = read_paragraphs(f"data/{TEXT_NAME}")
         self.unedited_perplexity = self._perplexity()
 

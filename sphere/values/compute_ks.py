@@ -84,6 +84,7 @@ class ActivationsPass:
     Args:
         templates: groups of context templates; a key is averaged within each group, then over groups.
         batch_tokens: how many (padded) tokens one forward pass may hold.
+        bare: the template without a context: "{}", or the user's turn of a chat template.
 
     Attributes:
         bare_ids: the longest bare prompt up to its subject's last token.
@@ -97,6 +98,7 @@ class ActivationsPass:
         requests: Sequence[EditRequest],
         templates: Sequence[Sequence[str]],
         batch_tokens: int,
+        bare: str = BARE,
     ) -> None:
         self.stack, self.n = stack, len(requests)
         first, last = min(stack.hparams.layers), max(stack.hparams.layers)
@@ -106,15 +108,15 @@ class ActivationsPass:
                 for template in group:
                     of_request = weights.setdefault(ids_to_subject(tokenizer, template, request), {})
                     of_request[index] = of_request.get(index, 0.0) + 1 / (len(templates) * len(group))
-        bare = [ids_to_subject(tokenizer, BARE, request) for request in requests]
-        self.bare_ids = max(bare, key=len)
+        alone = [ids_to_subject(tokenizer, bare, request) for request in requests]
+        self.bare_ids = max(alone, key=len)
         trees = stack.takes_trees(max(weights, key=len))
-        others = weights.keys() - set(bare)
+        others = weights.keys() - set(alone)
         with torch.no_grad():
-            self._bare = _tree_batches(stack, bare, trees, first, last, batch_tokens)
+            self._bare = _tree_batches(stack, alone, trees, first, last, batch_tokens)
             self._other = _tree_batches(stack, list(others), trees, first, last, batch_tokens)
         index_of = {ids: i for i, ids in enumerate(ids for part in self._bare for ids in part.sequences)}
-        self.bare_index = torch.tensor([index_of[ids] for ids in bare])  # (n,) a request's bare prompt
+        self.bare_index = torch.tensor([index_of[ids] for ids in alone])  # (n,) a request's bare prompt
         self._means = [self._mean(part, weights) for part in self._bare + self._other]
 
     def _mean(self, part: _TreeBatch, weights: dict[Ids, dict[int, float]]) -> Tensor:

@@ -92,14 +92,16 @@ def compute_z(
     *,
     batch_tokens: int | None = None,
     matmul_dtype: torch.dtype | None = None,
+    bare: str = BARE,
     progress: bool = True,
 ) -> TargetValues:
     """Optimise delta at the output of the last edited layer for all requests at once.
 
     Args:
-        templates: groups of context templates with one `{}`, the bare "{}" among them.
+        templates: groups of context templates with one `{}`, the bare one among them.
         batch_tokens: how many (padded) tokens one micro-batch may compute; by default what there is room for.
         matmul_dtype: in which the layers above z multiply while z is sought; None: the model's own.
+        bare: the template without a context: "{}", or the user's turn of a chat template.
 
     Returns:
         z (n x d) and what the optimisation did.
@@ -108,15 +110,17 @@ def compute_z(
         SphereError: a subject that is not in its prompt, or a loss that is not finite (the case is named).
     """
     flat = [template for group in templates for template in group]
-    if BARE not in flat:
+    if bare not in flat:
         raise SphereError(
-            f"The context templates {flat} lack the bare '{BARE}', at which h0 is read: add it."
+            f"The context templates {flat} lack the bare '{bare}', at which h0 is read: add it."
         )
     top = hparams.v_loss_layer == stack.n_layers - 1
     prompts = [
         prompt
         for index, request in enumerate(requests)
-        for prompt in prompts_of(tokenizer, index, request, flat, kl=hparams.kl_factor != 0, merge=top)
+        for prompt in prompts_of(
+            tokenizer, index, request, flat, kl=hparams.kl_factor != 0, merge=top, bare=bare
+        )
     ]
     budget = gradient_pass_tokens(stack, hparams, batch_tokens)
     with inference(stack.model), shared_heads(stack.device):

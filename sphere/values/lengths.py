@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.requests import EditRequest
-from sphere.values.context_templates import fill
+from sphere.values.chat_template import in_turn
+from sphere.values.context_templates import BARE, fill
 from sphere.values.joiner import Continued
 from sphere.values.tokenization import encode
 from sphere.values.z_batches import KL_PROMPT
@@ -36,14 +37,18 @@ def longest_sequence(model: Any) -> int | None:
 
 
 def edited_texts(
-    requests: Sequence[EditRequest], templates: Sequence[Sequence[str]], bos: str = ""
+    requests: Sequence[EditRequest], templates: Sequence[Sequence[str]], bos: str = "", bare: str = BARE
 ) -> Iterator[CaseText]:
-    """What editing runs: each prompt in its contexts with its target, and the KL prompt."""
+    """What editing runs: each prompt in its contexts with its target, and the KL prompt.
+
+    Args:
+        bare: the template without a context, which the KL prompt is put into too.
+    """
     for request in requests:
         for template in (template for group in templates for template in group):
             pair = Continued(fill(template, request, bos).text, request.target_new, request.joiner)
             yield CaseText(request.case_id, "prompt in its context with the new target", pair.text)
-        yield CaseText(request.case_id, "subject", KL_PROMPT.format(request.subject))
+        yield CaseText(request.case_id, "subject", in_turn(bare, KL_PROMPT.format(request.subject)))
 
 
 def check_lengths(model: Any, tokenizer: PreTrainedTokenizerBase, texts: Iterable[CaseText]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,17 @@ def truncated_ids(tokenizer: PreTrainedTokenizerBase, text: str, max_tokens: int
     while len(ids) > 1 and ids[-1] == eos:
         ids.pop()
     return ids
+
+
+def changed_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> dict[str, str]:
+    """Texts that a tokenizer reads as other ones, such as a lowercasing or normalising one: text -> what it reads.
+
+    White space is not compared: decoders are free with it.
+    """
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    decoded = [str(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in ids]
+    pairs = zip(texts, decoded, strict=True)
+    return {text: read for text, read in pairs if "".join(text.split()) != "".join(read.split())}
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -6,7 +6,7 @@ The picture is in `sphere.values.compute_z`. Knows how prompts become index tens
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -70,6 +70,7 @@ def prompts_of(
     *,
     kl: bool,
     merge: bool,
+    bare: str = BARE,
 ) -> list[Prompt]:
     """A request in every template with its target behind it, and the KL prompt up to its lookup token.
 
@@ -77,13 +78,15 @@ def prompts_of(
         index: of the request in its batch.
         kl: whether the KL term counts.
         merge: whether a bare prompt that begins with the subject may stand in for the KL prompt.
+        bare: the template without a context, which the KL prompt is put into too.
 
     Raises:
         SphereError: a subject that is not in its prompt, or that shares its last token with the target.
     """
     what, prompts = f"case {request.case_id}", []
-    encoded = encode(tokenizer, KL_PROMPT.format(request.subject))
-    kl_ids = encoded.ids[: subject_token(encoded, len(request.subject.rstrip()), what) + 1]
+    essence = fill(bare, replace(request, prompt=KL_PROMPT))
+    encoded = encode(tokenizer, essence.text)
+    kl_ids = encoded.ids[: subject_token(encoded, essence.subject_end, what) + 1]
     for template in templates:
         filled = fill(template, request, bos_text(tokenizer))
         pair = Continued(filled.text, request.target_new, request.joiner)
@@ -96,7 +99,7 @@ def prompts_of(
         scored = tuple((position - 1, ids[position]) for position in range(start, len(ids)))
         stands_in = kl and merge and ids[: lookup + 1] == kl_ids
         kl = kl and not stands_in
-        prompts.append(Prompt(index, template, ids[:-1], lookup, scored, stands_in, template == BARE))
+        prompts.append(Prompt(index, template, ids[:-1], lookup, scored, stands_in, template == bare))
     if kl:
         prompts.append(Prompt(index, KL_PROMPT, kl_ids, len(kl_ids) - 1, kl=True))
     return prompts

@@ -42,8 +42,9 @@ from sphere.forward.numerics import numerics
 from sphere.forward.remaining import adds_as_is
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
+from sphere.values.chat_template import in_turn
 from sphere.values.compute_z import TargetValues, compute_z
-from sphere.values.context_templates import fill
+from sphere.values.context_templates import BARE, fill
 from sphere.values.tokenization import bos_text, encode, encode_pair
 from sphere.values.z_batches import KL_PROMPT
 
@@ -72,6 +73,7 @@ class TargetValueCache:
     Args:
         folder: e.g. data/cache.
         fingerprint: of the model that is being edited.
+        bare: the template without a context, which the KL prompt is put into too.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class TargetValueCache:
         stack: LayerStack,
         tokenizer: PreTrainedTokenizerBase,
         fingerprint: Fingerprint,
+        bare: str = BARE,
     ) -> None:
         self.folder = Path(folder) / "z"
-        self.stack, self.tokenizer, self.fingerprint = stack, tokenizer, fingerprint
+        self.stack, self.tokenizer, self.fingerprint, self.bare = stack, tokenizer, fingerprint, bare
 
     def get(
         self,
@@ -145,7 +148,7 @@ class TargetValueCache:
     def _prompts(self, request: EditRequest, templates: Sequence[str]) -> list[Any]:
         """A request in words, and in the tokens of every text that the optimisation runs."""
         filled = [fill(template, request, bos_text(self.tokenizer)) for template in templates]
-        texts = [*(f.text for f in filled), KL_PROMPT.format(request.subject)]
+        texts = [*(f.text for f in filled), in_turn(self.bare, KL_PROMPT.format(request.subject))]
         encoded = [encode(self.tokenizer, text) for text in texts]
         return [
             [request.prompt, request.subject, request.target_new],
