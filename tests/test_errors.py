@@ -335,11 +335,11 @@ def test_weights(change: Any, says: str, tiny: TinyRun, refused: Refuse) -> None
     ("name", "content", "says"),
     [
         ("model.safetensors", None, "no file named model.safetensors"),
-        ("model.safetensors", b"xx", "Cannot load a causal language model from .*tiny"),
+        ("model.safetensors", b"xx", "Cannot load the tokenizer of .*tiny"),
         ("config.json", None, r"holds no model \(no config\.json\)"),
         ("config.json", b"{", "not a valid JSON"),
         ("config.json", b"{}", "Unrecognized model"),
-        ("tokenizer.json", b"{", "Cannot load a causal language model from .*tiny"),
+        ("tokenizer.json", b"{", "Cannot load the tokenizer of .*tiny"),
     ],
 )
 def test_model_files(name: str, content: bytes | None, says: str, tiny: TinyRun, refused: Refuse) -> None:

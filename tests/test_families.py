@@ -103,7 +103,9 @@ BELOW = {"v_loss_layer": 1}  # where the target's likelihood is read below the t
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [(name, {}) for name in FAMILIES] + [(name, BELOW) for name in ("bloom", "opt", "cohere2", "gemma2")],
+    # Behind a norm, z is kept within reach, which the plain way knows nothing of.
+    [(name, {}) for name, family in FAMILIES.items() if not family.norm_behind_mlp]
+    + [(name, BELOW) for name in ("bloom", "opt", "cohere2")],
 )
 def test_target_values_are_those_of_the_plain_way(name, changes):
     """z and losses; a context is longer than the window of those that have one."""
@@ -197,10 +199,6 @@ def test_edits(name, method, tmp_path):
     original = {key: p.detach().clone() for key, p in model.named_parameters()}
     editor = tiny_editor(model, method, hparams, tmp_path, beta_hse=0.5)
     targets = TeacherForcing.of(editor.edited.stack, tokenizer, [(r.text, r.target_new) for r in ASKED])
-    if method == "ROME" and (family.norm_behind_mlp or family.factor_behind_mlp):
-        with pytest.raises(SphereError, match="ROME does not fit"):
-            editor.edit(ASKED)
-        return
     with torch.no_grad():
         before = targets.nll()
         editor.edit(ASKED)

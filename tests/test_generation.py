@@ -314,6 +314,7 @@ def test_flags(flags, interval, monkeypatch, tmp_path):
         model=0,
         tokenizer=0,
         records=[],
+        notes={},
         processes=Processes(),
     )
     monkeypatch.setattr("sphere.evaluation.evaluate_run.evaluate_run", evaluate_run)

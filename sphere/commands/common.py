@@ -124,9 +124,9 @@ def add_run_settings(parser: argparse.ArgumentParser) -> Groups:
 
 
 def config_of(arguments: argparse.Namespace) -> RunConfig:
-    """The run that the flags of `add_run_settings` stand for; flags of the command's own are left out."""
+    """The run that flags of `add_run_settings` or `add_settings` stand for; a command's own flags are left out."""
     values = {name: value for name, value in vars(arguments).items() if name in settings()}
-    if values["facts"] is None and values["dataset_size_limit"] is None:
+    if values.get("facts") is None and values.get("dataset_size_limit", 0) is None:
         del values["dataset_size_limit"]
     return RunConfig(**values)
 

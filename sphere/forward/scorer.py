@@ -131,7 +131,9 @@ class PackedScorer:
         while len(row.tokens) < ROW_TOKENS - length or len(row.paths) == 1:
             row.add(beside, [])
         row.add(fork, root)
-        plain = self._forward(one_per_row([first, fork, beside]), trees=False)
+        plain: dict[Scored, TokenScores] = {}
+        for scored in (first, fork, beside):  # one in a pass: no larger ones than needed
+            plain |= self._forward(one_per_row([scored]), trees=False)
         try:
             packed = self._forward([row], trees=True)
         except Exception as error:  # a model may refuse such a mask in any way it likes
