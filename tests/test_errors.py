@@ -335,7 +335,7 @@ def test_weights(change: Any, says: str, tiny: TinyRun, refused: Refuse) -> None
     ("name", "content", "says"),
     [
         ("model.safetensors", None, "no file named model.safetensors"),
-        ("model.safetensors", b"xx", "Cannot load the tokenizer of .*tiny"),
+        ("model.safetensors", b"xx", "Cannot load a causal language model from .*tiny"),
         ("config.json", None, r"holds no model \(no config\.json\)"),
         ("config.json", b"{", "not a valid JSON"),
         ("config.json", b"{}", "Unrecognized model"),
