@@ -46,7 +46,7 @@ the same mathematics in `benchmarks/plain/`, both in one process, taking turns, 
 difference" is relative, of the results; what exactly is compared, each script's docstring says. "Extra memory" is the
 peak above what was held before the call. "Goal" is the ratio that the project set itself, where it did. The rows "end
 to end" are of ten edits; a section of that name, of more edits, is written by `python -m benchmarks.end_to_end --output
-benchmarks/results.md`.
+benchmarks/results.md`, the section on growth by `python -m benchmarks.growth --output benchmarks/results.md`.
 """
 
 
