@@ -67,7 +67,7 @@ def load_model(
     try:
         from_file = {k: v for k, v in options.items() if k == "gguf_file"}
         _check_decoder_only(AutoConfig.from_pretrained(source, **from_file), f"'{name}'")
-        tokenizer = load_tokenizer(name)
+        tokenizer = _tokenizer(name, source, **from_file)
         model, report = _load(source, options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -94,8 +94,11 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
     Raises:
         SphereError: unknown model, or a tokenizer that cannot be read.
     """
-    options = _source(name)
-    source = options.pop("source")
+    return _tokenizer(name, **_source(name))
+
+
+def _tokenizer(name: str, source: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model that is read from `source`."""
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
