@@ -112,6 +112,45 @@ def test_a_new_run_takes_the_place_of_the_old_facts(world: TinyRun, tmp_path: Pa
     assert [record.request.target_new for record in records] == ["Kiel", "Oslo", "Bonn", "Kiel"]
 
 
+def test_a_new_run_asks_the_model_anew(world: TinyRun, tmp_path: Path) -> None:
+    """The run that it replaces may have been made of another model of the same name."""
+    settings = {"ds_name": "facts", "facts": str(table(tmp_path)), "dataset_size_limit": None}
+    folder = execute(world.config(str(tmp_path / "runs"), **settings)).folder
+    kept = json.loads((folder / FACTS_NAME).read_text())
+    answer = kept["records"][1]["target_true"]
+    kept["records"][1]["target_true"] = "the answer of another model"
+    (folder / FACTS_NAME).write_text(json.dumps(kept))
+    execute(world.config(str(tmp_path / "runs"), overwrite=True, **settings))
+    records, _ = read_run_facts(folder)
+    assert records[1].request.target_true == answer
+
+
+def test_facts_that_a_kill_left_out_are_written_when_the_run_goes_on(world: TinyRun, tmp_path: Path) -> None:
+    settings = {"ds_name": "facts", "facts": str(table(tmp_path)), "dataset_size_limit": None}
+    folder = execute(world.config(str(tmp_path / "runs"), **settings)).folder
+    expected = (folder / FACTS_NAME).read_bytes()
+    (folder / FACTS_NAME).unlink()
+    execute(world.config(str(tmp_path / "runs"), continue_from_run=True, **settings))
+    assert (folder / FACTS_NAME).read_bytes() == expected
+
+
+def test_a_file_of_that_name_in_another_run_is_the_users(world: TinyRun, tmp_path: Path) -> None:
+    """A run of a dataset wrote none: it is neither removed nor written over."""
+    folder = execute(world.config(str(tmp_path / "runs"), dataset_size_limit=2)).folder
+    (folder / FACTS_NAME).write_text("mine")
+    with pytest.raises(SphereError, match="vouches for"):
+        execute(world.config(str(tmp_path / "runs"), dataset_size_limit=2, overwrite=True))
+    assert (folder / FACTS_NAME).read_text() == "mine"
+
+
+def test_too_long_a_prompt_is_named_before_the_model_is_asked(world: TinyRun, tmp_path: Path) -> None:
+    path = table(tmp_path, f"prompt,subject,target_new\n{'so ' * 100}{{}} is in,Annie,Rome\n")
+    settings = {"ds_name": "facts", "facts": str(path), "dataset_size_limit": None}
+    with pytest.raises(SphereError, match=r"Longer than the 256 positions .*case 1"):
+        execute(world.config(str(tmp_path / "runs"), **settings))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_bad_rows_stop_or_are_skipped(world: TinyRun, tmp_path: Path) -> None:
     path = str(table(tmp_path, TABLE + "nobody is in,,Rome,,\n"))
     with pytest.raises(SphereError, match=r"1 of 5 rows .*row 6: no subject"):

@@ -25,6 +25,7 @@ from sphere.forward.passes import PassOptions
 from sphere.requests import EditRequest
 from sphere.values.chat_template import in_turn
 from sphere.values.context_templates import BARE
+from sphere.values.lengths import CaseText, check_lengths
 from sphere.values.tokenization import encode, encode_pair, padding_id
 
 N_TOKENS = 5  # of a neighbor's answer
@@ -52,8 +53,14 @@ def complete(
         the records, and sentences for a summary on what was filled in, by what they speak of.
 
     Raises:
-        SphereError: a prompt after which the model says nothing.
+        SphereError: a prompt after which the model says nothing, or that is longer than its positions.
     """
+    texts = (
+        CaseText(record.case_id, "prompt that the unedited model is asked", in_turn(user_turn, prompt))
+        for record in records
+        for prompt in (record.request.text, *(prompt for prompt, _ in record.neighborhood))
+    )
+    check_lengths(model, tokenizer, texts)
     with_neighbors = [
         record
         if record.neighborhood

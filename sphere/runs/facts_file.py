@@ -24,14 +24,14 @@ from sphere.files import read_json, write_json
 from sphere.forward.passes import PassOptions
 from sphere.requests import EditRequest
 from sphere.resources import shipped
+from sphere.runs.config import RunConfig
+from sphere.runs.folder import FACTS_NAME
 
 log = logging.getLogger(__name__)
 
-FACTS_NAME = "facts.json"
 FORMAT = 1
 CONTROLS = "data/control_prompts.json"
 SHOWN = 5  # bad rows that one error names
-ON_BAD_RECORD = ("stop", "skip")
 
 
 def load_facts(source: str, subjects: str | None, on_bad_record: str, limit: int | None = None) -> Facts:
@@ -79,20 +79,29 @@ def read_subjects(path: str | Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def own_facts(config: RunConfig) -> Facts | None:
+    """The table of facts that a run edits; None where it edits a dataset."""
+    if config.facts is None:
+        return None
+    return load_facts(config.facts, config.subjects, config.on_bad_record, config.dataset_size_limit)
+
+
 def complete_facts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     facts: Facts,
-    folder: Path,
+    continued: Path | None,
     passes: PassOptions,
     user_turn: str,
 ) -> tuple[list[Record], dict[str, str]]:
-    """Facts with what they leave open, and notes on it: from the run's folder, else asked of the unedited model.
+    """Facts with what they leave open, and notes on it: as a continued run began with, else of the unedited model.
 
     Args:
+        continued: the folder of the run that is continued; None for a new one, whose model may be another than that of
+            a run which it replaces.
         user_turn: what prompts are put into when the model is asked.
     """
-    kept = _kept(folder)
+    kept = _kept(continued) if continued else None
     if kept is not None:
         by_id = {record.case_id: record for record in kept["records"]}
         if all(_fits(record, by_id.get(record.case_id)) for record in facts.records):
@@ -106,7 +115,9 @@ def complete_facts(
 def write_facts(
     folder: Path, source: str, facts: Facts, records: Sequence[Record], notes: Mapping[str, str]
 ) -> None:
-    """Keep the facts of a run in its folder, atomically."""
+    """Keep the facts of a run in its folder, atomically; what is kept there already stays."""
+    if (folder / FACTS_NAME).exists():
+        return
     content = {
         "format": FORMAT,
         "source": source,

@@ -40,6 +40,7 @@ from sphere.lock import HOLDER_NAME, LOCK_NAME
 log = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
+FACTS_NAME = "facts.json"
 JOB_NAME = "job.json"  # of a sweep, beside the run that is the job
 ORIGINAL_NAME = "edit_0.safetensors"
 STAGED_NAME = f".{ORIGINAL_NAME}.next_run{LEFTOVER}"  # a leftover, unless run.json says that it is awaited
@@ -148,18 +149,20 @@ def finish_beginning(folder: Path) -> None:
 
 def own_files(folder: Path) -> list[str]:
     """What the `run.json` in a folder vouches for, itself included; paths relative to the folder."""
-    ends = _ends(read_config(folder))
-    return [path for path in _files(folder) if _is_own(path, ends)]
+    config = read_config(folder)
+    return [path for path in _files(folder) if _is_own(path, config)]
 
 
 def foreign_files(folder: Path) -> list[str]:
     """What is there beside the run's own files, what a sweep keeps there and temporary files of this program."""
-    ends = _ends(read_config(folder))
-    return [path for path in _files(folder) if path not in BESIDE and not _is_own(path, ends)]
+    config = read_config(folder)
+    return [path for path in _files(folder) if path not in BESIDE and not _is_own(path, config)]
 
 
-def _is_own(path: str, ends: set[int]) -> bool:
-    if not ends:
+def _is_own(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether a `run.json` vouches for a file."""
+    ends = _ends(config)
+    if not ends or (path == FACTS_NAME and not config.get("facts")):  # of a run that was made of none
         return False
     match = RUN_FILE.fullmatch(path)
     return match is not None and all(int(number) in ends for number in match.groups() if number)

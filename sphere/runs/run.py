@@ -47,7 +47,7 @@ from sphere.runs.config import (
     saved_at,
 )
 from sphere.runs.dtypes import USED, z_matmul_dtype_used
-from sphere.runs.facts_file import complete_facts, load_facts, write_facts
+from sphere.runs.facts_file import complete_facts, own_facts, write_facts
 from sphere.runs.folder import ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
 from sphere.runs.hparams import hparams_of, hparams_source
 from sphere.runs.lengths import check_records
@@ -99,23 +99,16 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
             check_tensorboard()
         hparams = hparams_of(config)
         method.rules(hparams, config.beta_hse, alpha_of(config))  # bad ratios are reported first
-        facts = processes.on_main(lambda: _own_facts(config))
-        records = facts.records if facts else _published(config)
+        facts = processes.on_main(lambda: own_facts(config))
+        records = (
+            facts.records
+            if facts
+            else load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
+        )
         _warn_of_tuning_set(config, records)
         saved = saved_at(config.checkpoints, _ends(_batches(config, records)))
         with locked(folder_of(config), processes):
             return _execute(config, hparams, records, facts, saved, command, processes)
-
-
-def _own_facts(config: RunConfig) -> Facts | None:
-    """The user's table of facts, where the run edits one."""
-    if config.facts is None:
-        return None
-    return load_facts(config.facts, config.subjects, config.on_bad_record, config.dataset_size_limit)
-
-
-def _published(config: RunConfig) -> list[Record]:
-    return load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
 
 
 def _batches(config: RunConfig, records: Sequence[Record]) -> list[Sequence[Record]]:
@@ -153,7 +146,7 @@ def _execute(
     notes: dict[str, str] = {}
     if facts:
         records, notes = processes.on_main(
-            lambda: complete_facts(model, tokenizer, facts, folder, config.passes, turn)
+            lambda: complete_facts(model, tokenizer, facts, folder if previous else None, config.passes, turn)
         )
     order = shuffled(records, config.seed) if config.shuffle else records
     batches = _batches(config, order)
@@ -166,7 +159,7 @@ def _execute(
     check_records(editor, order)
     decided = _decided(config, hparams.to_dict(), order, editor)
     _begin_or_continue(folder, decided, previous, editor, describe(config, command) | {USED: used})
-    if facts and not previous:
+    if facts:
         processes.on_main(lambda: write_facts(folder, str(config.facts), facts, records, notes))
     monitor = monitor_of(editor, folder, config.log_energy_every)
     writer = (
