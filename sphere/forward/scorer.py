@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 LOGIT_VALUES = 1 << 27  # logits held at once: 512 MiB in float32
 PROBE_TOKENS = 8  # of the shortest sequence that shows whether tree masks are heeded
+PROBE_ROW = 2.5  # length of the probe's row, as a multiple of its sequences': two of them and half of a third
 
 
 class PackedScorer:
@@ -107,17 +108,20 @@ class PackedScorer:
         """Whether the model heeds tree masks and positions in sequences as long as these.
 
         Asked of the model by a probe, and again, with longer ones, when sequences grow: beyond a window that the model
-        has in a way of its own, what held before may no longer hold.
+        has in a way of its own, what held before may no longer hold. A probe's row is no longer than a pass may be:
+        the trees of what is longer than its sequences share no wider rows.
         """
-        longest = max((scored.ids for scored in sequences), key=len)
+        most = max(int(self.batch_tokens / PROBE_ROW), PROBE_TOKENS)
+        longest = max((scored.ids for scored in sequences), key=len)[:most]
         if self.trees is not False and len(longest) > self._probed:
-            rounded = max(_next_power(len(longest)), PROBE_TOKENS)
+            rounded = min(max(_next_power(len(longest)), PROBE_TOKENS), most)
             self._probed = max(len(longest), min(rounded, self._positions or rounded))
             self.trees = self._heeds_trees(longest, self._probed)
         return bool(self.trees)
 
     def _heeds_trees(self, ids: tuple[int, ...], length: int) -> bool:
         """Score a forked tree and a second one beside it, in a row as wide as rows are, both ways."""
+        width = min(ROW_TOKENS, self.batch_tokens)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         # Long enough to fork: different tokens behind what is shorter.
         ids += tuple(vocabulary * i // length for i in range(1, length - len(ids) + 1))
@@ -128,7 +132,8 @@ class PackedScorer:
         row = PackedRow()
         row.add(first, [])
         root = row.paths[0][1][:half]
-        while len(row.tokens) < ROW_TOKENS - length or len(row.paths) == 1:
+        full = min(width - length, self.batch_tokens - (2 * length - half) + 1)
+        while len(row.tokens) < full or len(row.paths) == 1:
             row.add(beside, [])
         row.add(fork, root)
         plain: dict[Scored, TokenScores] = {}
