@@ -24,7 +24,7 @@ from sphere.errors import SphereError
 from sphere.forward.passes import PassOptions
 from sphere.hparams import ModuleHParams
 from sphere.methods import EditedModel, Method, Services, get_method
-from sphere.methods.delivery import shortfall
+from sphere.methods.delivery import check_delivery
 from sphere.requests import EditRequest, check_batch
 from sphere.rules import REVIVE_TAU, Metrics, RuleSet, apply_rules, rule_chain
 from sphere.values.chat_template import user_turn
@@ -194,7 +194,8 @@ class Editor:
                 change = now - self.weights.canonical(name, before[name]).to(now)
                 metrics["delta_norm"] = float(change.norm())
                 metrics.update(self.method.delivered().get(name, {}))
-            self._warn_of_shortfall(layers, requests, warnings)
+            top = self.edited.weight_name(max(self.edited.hparams.layers))
+            warnings += check_delivery(layers.get(top, {}), requests)
             seconds = time.perf_counter() - start
             if measure:
                 self._measure(measure, layers, before)
@@ -206,16 +207,6 @@ class Editor:
         log.info("%d edits in %.1f s, %d in all.", len(requests), seconds, self.n_edits)
         measuring = time.perf_counter() - start - seconds if measure else 0.0
         return BatchReport(self.n_edits, seconds, layers, warnings, measuring)
-
-    def _warn_of_shortfall(
-        self, layers: Mapping[str, Metrics], requests: Sequence[EditRequest], warnings: list[str]
-    ) -> None:
-        """Add a warning where the outputs are still far from what the target values promise."""
-        top = layers.get(self.edited.weight_name(max(self.edited.hparams.layers)), {})
-        cases = f"cases {requests[0].case_id} to {requests[-1].case_id}"
-        if warning := shortfall(top, f"the batch of {cases}"):
-            warnings.append(warning)
-            log.warning("%s", warning)
 
     def _agree(self) -> None:
         """Where several processes edit alike: take the main one's weights, so that rounding never parts them."""

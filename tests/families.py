@@ -91,14 +91,12 @@ class Family:
     Attributes:
         modules: the templates of hyperparameters.
         norm_behind_mlp: what the MLP puts out is normalised, so that an update's size does not carry over.
-        factor_behind_mlp: it enters the residual stream with a factor or a gate.
         tree_masks: whether it takes the masks of prefix trees.
     """
 
     config: PretrainedConfig
     modules: dict[str, str] = field(default_factory=lambda: LLAMA)
     norm_behind_mlp: bool = False
-    factor_behind_mlp: bool = False
     tree_masks: bool = True
 
     def model(self) -> nn.Module:
@@ -145,14 +143,11 @@ FAMILIES = {
     "qwen2-moe": Family(
         Qwen2MoeConfig(**WIDE, **EXPERTS, shared_expert_intermediate_size=32),
         SHARED_EXPERT,
-        factor_behind_mlp=True,
     ),
     "phi3": Family(Phi3Config(**WIDE, sliding_window=WINDOW, pad_token_id=None)),
     "cohere": Family(CohereConfig(**WIDE, logit_scale=0.25)),
     "cohere2": Family(Cohere2Config(**WIDE, logit_scale=0.25, sliding_window=WINDOW, layer_types=HYBRID)),
-    "granite": Family(
-        GraniteConfig(**WIDE, logits_scaling=4.0, residual_multiplier=0.8), factor_behind_mlp=True
-    ),
+    "granite": Family(GraniteConfig(**WIDE, logits_scaling=4.0, residual_multiplier=0.8)),
     "stablelm": Family(StableLmConfig(**WIDE)),
     "starcoder2": Family(
         Starcoder2Config(**WIDE, sliding_window=WINDOW),

@@ -218,10 +218,11 @@ def test_repeated_and_conflicting_requests_are_reported(make: Any, caplog: pytes
     twice = EditRequest(7, REQUESTS[0].prompt, REQUESTS[0].subject, REQUESTS[0].target_new)
     other = EditRequest(8, REQUESTS[0].prompt, REQUESTS[0].subject, "Dutch")
     report = make().edit([REQUESTS[0], twice, other])
-    repeats, contradicts = report.warnings[:2]  # behind them: what the edit fell short of
+    repeats, contradicts, fell_short = report.warnings
     assert repeats.startswith("Case 7 repeats case 0 in one batch: 'The mother tongue of Ann Lee is'")
     assert contradicts.startswith("Case 8 contradicts case 0 in one batch")
     assert "'Dutch' and 'Welsh'" in contradicts
+    assert fell_short.startswith("The outputs of the batch of cases 0 to 8")  # both cannot be reached
     assert repeats in caplog.text
     assert contradicts in caplog.text
 

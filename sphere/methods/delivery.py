@@ -6,12 +6,17 @@ of a batch are alike, a norm lets only so much through. Silence about that would
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sphere.requests import EditRequest
+
+log = logging.getLogger(__name__)
 
 Delivery = dict[str, float | None]
 DISTANCE, DELIVERED = "z_distance", "residual_delivered"
@@ -44,22 +49,24 @@ def delivery(
     return {DISTANCE: _norms(targets - after) / way, DELIVERED: float(delivered)}
 
 
-def shortfall(metrics: Mapping[str, Any], where: str) -> str | None:
-    """The warning on a batch whose last update leaves the outputs too far from z; None where there is none.
+def check_delivery(metrics: Mapping[str, Any], requests: Sequence[EditRequest]) -> list[str]:
+    """Report (and log) that a batch's last update leaves the outputs too far from z; returns the sentences.
 
     Args:
         metrics: of the z layer's weight.
-        where: which batch.
     """
     distance = metrics.get(DISTANCE)
     if distance is None or distance <= LARGEST_DISTANCE:
-        return None
+        return []
     told = "went further away from" if distance > 1 or math.isnan(distance) else "hardly moved towards"
-    return (
-        f"The outputs of {where} {told} their target values: {distance:.2f} of the distance to z is left after the "
-        "update, so the targets will hardly be likelier; see residual_delivered of each layer in batches.jsonl, and "
-        "try a smaller L2 or mom2_update_weight, or a weaker rule."
+    cases = f"cases {requests[0].case_id} to {requests[-1].case_id}"
+    warning = (
+        f"The outputs of the batch of {cases} {told} their target values: {distance:.2f} of the distance to z is left "
+        "after the update, so the targets will hardly be likelier; see residual_delivered of each layer in "
+        "batches.jsonl, and try a smaller L2 or mom2_update_weight, or a weaker rule."
     )
+    log.warning("%s", warning)
+    return [warning]
 
 
 def _norms(x: Tensor) -> float:
