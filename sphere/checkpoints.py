@@ -101,6 +101,23 @@ def list_checkpoints(folder: str | Path) -> list[Checkpoint]:
     return [Checkpoint(path, n) for n, path in sorted(found.items())]
 
 
+def chosen_checkpoints(checkpoints: Sequence[Checkpoint], wanted: str) -> list[int]:
+    """The numbers of edits that "last", or a list such as "0,100,last", stands for; 0: the unedited model.
+
+    Raises:
+        SphereError: something else, or a number at which there is no checkpoint.
+    """
+    there = [0, *(checkpoint.n_edits for checkpoint in checkpoints if checkpoint.n_edits)]
+    named = [word.strip() for word in wanted.split(",")]
+    numbers = [str(there[-1]) if word == "last" else word for word in named]
+    if strays := [n for n in numbers if n not in map(str, there)]:
+        raise SphereError(
+            f"There is no checkpoint '{strays[0]}': name some of {', '.join(map(str, there))}, or last.",
+            argument="only_checkpoints",
+        )
+    return [int(number) for number in numbers]
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint without executing anything in it; tensors as the model stores them, on the CPU.
 

@@ -140,6 +140,18 @@ def add_generation_flags(group: argparse._ArgumentGroup) -> None:
         help="generate text for every so-many-th case in the order of editing, from the first; 0 or below: never",
     )
     group.add_argument("--skip_generation_tests", action="store_true", help="generate no text")
+    group.add_argument(
+        "--exact_match_facts",
+        type=int,
+        default=0,
+        help="generate greedily after the rewrite prompts of so many facts, from the first that was edited, and ask "
+        "whether the text is the new target; 0: of none",
+    )
+
+
+def exact_match_facts(arguments: argparse.Namespace) -> int:
+    """How many facts have greedy text; 0: none."""
+    return 0 if arguments.skip_generation_tests else max(arguments.exact_match_facts, 0)
 
 
 def generation_interval(arguments: argparse.Namespace) -> int:

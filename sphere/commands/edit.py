@@ -32,6 +32,7 @@ from sphere.commands.common import (
     add_generation_flags,
     add_run_settings,
     config_of,
+    exact_match_facts,
     generation_interval,
     make_parser,
 )
@@ -91,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         run.folder,
         run.records,
         generation_interval=interval,
+        exact_match_facts=exact_match_facts(arguments),
         data_dir=config.data_dir,
         dataset=load_records(config.ds_name, config.data_dir) if interval and not config.facts else None,
         notes=run.notes,

@@ -18,6 +18,7 @@ from sphere.commands.common import (
     MODEL_FLAGS,
     add_generation_flags,
     add_settings,
+    exact_match_facts,
     generation_interval,
     make_parser,
     positive_int,
@@ -32,6 +33,12 @@ def parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__, "sphere score")
     parser.add_argument(
         "--weight_folder", type=Path, required=True, help="a run's folder, as `sphere edit` wrote it"
+    )
+    parser.add_argument(
+        "--only_checkpoints",
+        default=None,
+        help="score only these: numbers of edits and last, e.g. 0,100,last; 0 is the unedited model, which the scores "
+        "of edits always have (default: all)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of generation and of the bootstrap intervals")
     add_settings(
@@ -72,8 +79,15 @@ def main(argv: list[str] | None = None) -> int:
     return _downstream(args) if args.ds_name is None else _edits(args)
 
 
+def _only(args: argparse.Namespace) -> list[int] | None:
+    """The numbers of edits to be scored; None: all."""
+    from sphere.checkpoints import chosen_checkpoints, list_checkpoints
+
+    there = list_checkpoints(args.weight_folder)
+    return None if args.only_checkpoints is None else chosen_checkpoints(there, args.only_checkpoints)
+
+
 def _edits(args: argparse.Namespace) -> int:
-    from sphere.checkpoints import list_checkpoints
     from sphere.data.records import load_records
     from sphere.distributed import start
     from sphere.evaluation.evaluate_run import evaluate_run
@@ -82,7 +96,7 @@ def _edits(args: argparse.Namespace) -> int:
     from sphere.runs.config import OWN_FACTS
     from sphere.runs.facts_file import read_run_facts
 
-    list_checkpoints(args.weight_folder)  # a wrong folder is reported before anything is loaded
+    only = _only(args)  # a wrong folder is reported before anything is loaded
     own = args.ds_name == OWN_FACTS
     if own:
         records, notes = read_run_facts(args.weight_folder)
@@ -97,6 +111,8 @@ def _edits(args: argparse.Namespace) -> int:
         args.weight_folder,
         records,
         generation_interval=interval,
+        exact_match_facts=exact_match_facts(args),
+        only=only,
         data_dir=args.data_dir,
         dataset=load_records(args.ds_name, args.data_dir) if interval and not own else None,
         ds_name=args.ds_name,
@@ -112,12 +128,11 @@ def _edits(args: argparse.Namespace) -> int:
 
 
 def _downstream(args: argparse.Namespace) -> int:
-    from sphere.checkpoints import list_checkpoints
     from sphere.distributed import start
     from sphere.downstream import run_downstream
     from sphere.models import load_model
 
-    list_checkpoints(args.weight_folder)
+    only = _only(args)
     processes = start(args.device, args.device_map)
     model, tokenizer = load_model(args.model_name, processes.device, args.dtype, args.device_map)
     with processes.together():
@@ -129,6 +144,7 @@ def _downstream(args: argparse.Namespace) -> int:
             num_tests=args.num_tests,
             tasks=args.tasks,
             lm_eval_tasks=args.lm_eval_tasks,
+            only=only,
             passes=_passes(args),
             processes=processes,
         )

@@ -11,7 +11,7 @@ Finished examples are not decoded again, unless their prompt or anything else th
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,7 @@ def run_downstream(
     num_tests: int | None = None,
     tasks: list[str] | None = None,
     lm_eval_tasks: Sequence[str] | None = None,
+    only: Sequence[int] | None = None,
     passes: PassOptions | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
@@ -56,6 +57,7 @@ def run_downstream(
         num_tests: only the first so many examples of each task; None for all.
         tasks: names of `sphere.downstream.TASKS`; None for all four.
         lm_eval_tasks: tasks for lm-evaluation-harness, beside the four (see `sphere.downstream.harness`).
+        only: numbers of edits of the states to be scored, 0 for the unedited model (default: all).
         passes: how forward passes are cut, and whether memory is saved.
         processes: among which the examples are shared out (lm-evaluation-harness runs in the main one); the main one
             writes the files.
@@ -74,10 +76,11 @@ def run_downstream(
     examples = {task.name: task.examples(data_dir, num_tests) for task in chosen}
     evaluator = harness.Harness(lm_eval_tasks, data_dir, num_tests, passes) if lm_eval_tasks else None
     with locked(folder, processes):
-        states = RunStates(model, tokenizer, folder)
+        states = RunStates(model, tokenizer, folder, only)
         scoring = _Scoring(model, tokenizer, folder / FOLDER, passes, processes, num_tests)
         with states.temporarily(passes.offload_device):
-            return scoring.score(states, [(task, examples[task.name]) for task in chosen], evaluator)
+            asked = (state for state in states if only is None or state.n_edits in only)
+            return scoring.score(states, asked, [(task, examples[task.name]) for task in chosen], evaluator)
 
 
 class _Scoring:
@@ -98,12 +101,13 @@ class _Scoring:
     def score(
         self,
         states: RunStates,
+        asked: Iterable[State],
         tasks: Sequence[tuple[Task, list[Example]]],
         evaluator: harness.Harness | None,
     ) -> dict[str, Any]:
-        """The summary; written anew after every task."""
+        """The summary, of the states asked for and those scored before; written anew after every task."""
         summary = self._begin(states)
-        for state in states:
+        for state in asked:
             entry = summary["checkpoints"].setdefault(state.label, {})
             if entry.get("key") != state.digest():  # other weights under the same name
                 entry.clear()

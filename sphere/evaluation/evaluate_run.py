@@ -19,7 +19,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ from sphere.data.records import Record
 from sphere.distributed import Processes
 from sphere.errors import SphereError
 from sphere.evaluation.case_file import CaseFile
+from sphere.evaluation.exact_match import ExactMatch
 from sphere.evaluation.generation import CaseGenerator
 from sphere.evaluation.scoring import Case, RecordScorer, compare_predictions, count_prompts
 from sphere.evaluation.state_metrics import StateMetrics
@@ -59,6 +60,8 @@ def evaluate_run(
     records: Sequence[Record],
     *,
     generation_interval: int = 0,
+    exact_match_facts: int = 0,
+    only: Sequence[int] | None = None,
     data_dir: str | Path = "data",
     dataset: Sequence[Record] | None = None,
     ds_name: str | None = None,
@@ -78,6 +81,8 @@ def evaluate_run(
         records: the dataset: in the order of editing, or containing the case_ids that `run.json` names.
         generation_interval: generate text for every so-many-th case in the order of editing, beginning with the
             first; 0 or below: never.
+        exact_match_facts: generate greedy text after the rewrite prompts of so many cases, from the first.
+        only: numbers of edits of the checkpoints to be scored (default: all); the unedited model always is.
         data_dir: where the reference texts of generation are, or are downloaded to.
         dataset: all records at hand, from which reference texts are built where none are published (default:
             `records`).
@@ -100,7 +105,7 @@ def evaluate_run(
             records, list_checkpoints(folder)[-1].n_edits, read_config(folder), folder, ds_name
         )
         turn = read_config(folder).get(USER_TURN, BARE)
-        states = RunStates(model, tokenizer, folder)
+        states = RunStates(model, tokenizer, folder, only)
         generator = CaseGenerator(
             model,
             tokenizer,
@@ -114,11 +119,12 @@ def evaluate_run(
             processes=processes,
         )
         scorer = RecordScorer(model, tokenizer, passes, turn)
-        scoring = _Scoring(scorer, generator, edited, folder / FOLDER, progress, processes)
+        greedy = ExactMatch(model, tokenizer, edited, exact_match_facts, passes, turn)
+        scoring = _Scoring(scorer, (generator, greedy), edited, folder / FOLDER, progress, processes)
         metrics = StateMetrics(scorer.scorer, tokenizer, states, folder / FOLDER, folder, processes)
         with states.temporarily(passes.offload_device):
             rows = _rows(scoring, metrics, states, seed)
-        summary = _summary(model, folder, states, generator, rows, ds_name)
+        summary = _summary(model, folder, states, generator, greedy, rows, ds_name)
         summary["notes"] |= notes or {}
         processes.on_main(lambda: write_json(folder / FOLDER / SUMMARY_NAME, summary))
     return summary
@@ -129,14 +135,16 @@ def _summary(
     folder: Path,
     states: RunStates,
     generator: CaseGenerator,
+    greedy: ExactMatch,
     rows: Sequence[Mapping[str, Any]],
     ds_name: str | None,
 ) -> dict[str, Any]:
     """What summary.json holds.
 
     Returns:
-        {"folder", "model", "dtype", "dataset", "seed", "generation_interval", "units", "notes" (in words: what could
-        not be verified of the model, which cases are generated, and where the texts they are compared with come from),
+        {"folder", "model", "dtype", "dataset", "seed", "generation_interval", "exact_match_facts", "units", "notes" (in
+        words: what could not be verified of the model, which cases are generated, and where the texts they are compared
+        with come from),
         "run" (its configuration), "checkpoints": one row each, the unedited model first: {"label", "checkpoint" (file
         name), "n_edits", "metrics" (`summarise`), "retention" (by thirds of the order of editing), "unedited" (the
         unedited model on the same cases), "text_perplexity" and "weights" (`StateMetrics.measure`)}}.
@@ -149,8 +157,9 @@ def _summary(
         "dataset": ds_name or config.get("ds_name"),
         "seed": generator.seed,
         "generation_interval": generator.interval,
+        "exact_match_facts": greedy.count,
         "units": UNITS,
-        "notes": ({"model": states.note} if states.note else {}) | generator.notes,
+        "notes": ({"model": states.note} if states.note else {}) | generator.notes | greedy.notes,
         "run": {key: value for key, value in config.items() if key != "case_ids"},
         "checkpoints": rows,
     }
@@ -212,19 +221,29 @@ def _rows(scoring: _Scoring, metrics: StateMetrics, states: RunStates, seed: int
     return rows
 
 
+class _TextMaker(Protocol):
+    """What generates text for some of the cases, to stand under `key` in each."""
+
+    key: str
+
+    def wants(self, record: Record) -> bool: ...
+    def settings(self, record: Record) -> str: ...
+    def generate(self, records: Sequence[Record]) -> list[dict[str, Any]]: ...
+
+
 class _Scoring:
     """Scores of one run's states, kept on disk as they are made."""
 
     def __init__(
         self,
         scorer: RecordScorer,
-        generator: CaseGenerator,
+        makers: Sequence[_TextMaker],
         records: Sequence[Record],
         folder: Path,
         progress: bool,
         processes: Processes,
     ) -> None:
-        self.scorer, self.generator, self.records, self.folder = scorer, generator, records, folder
+        self.scorer, self.makers, self.records, self.folder = scorer, makers, records, folder
         self.progress, self.processes = progress and processes.main, processes
 
     def cases(self, state: State) -> list[Case]:
@@ -241,7 +260,8 @@ class _Scoring:
         file.begin([record for chunk in chunks if chunk not in todo for record in chunk])
         if todo:
             self._score(todo, file, name)
-        self._generate(records, file, name)
+        for maker in self.makers:
+            self._generate(maker, records, file, name)
         log.info("%s: %d cases, %d of them scored now", file.path, len(records), sum(map(len, todo)))
         return [self._asked_for(record, file) for record in records]
 
@@ -256,28 +276,26 @@ class _Scoring:
         seconds = time.perf_counter() - start
         log.info("%s: %d prompts in %.1f s, %.1f prompts/s", name, prompts, seconds, prompts / seconds)
 
-    def _generate(self, records: Sequence[Record], file: CaseFile, name: str) -> None:
+    def _generate(self, maker: _TextMaker, records: Sequence[Record], file: CaseFile, name: str) -> None:
         """Texts of the cases that should have some and lack them; whole chunks, as in `cases`."""
-        wanted = [record for record in records if self.generator.wants(record)]
+        wanted = [record for record in records if maker.wants(record)]
         chunks = [wanted[i : i + GENERATED_CHUNK] for i in range(0, len(wanted), GENERATED_CHUNK)]
-        todo = [c for c in chunks if any("generation" not in self._asked_for(r, file) for r in c)]
+        todo = [c for c in chunks if any(maker.key not in self._asked_for(r, file) for r in c)]
         if not todo:
             return
-        start, texts = time.perf_counter(), 0
+        start = time.perf_counter()
         with tqdm(
-            total=sum(map(len, todo)), desc=f"{name}, text", unit="case", disable=not self.progress
+            total=sum(map(len, todo)), desc=f"{name}, {maker.key}", unit="case", disable=not self.progress
         ) as bar:
             for chunk in self._rounds(todo):
-                made = self._shared(self.generator.generate, chunk)
+                made = self._shared(maker.generate, chunk)
                 scored = [file[record] for record in chunk]
-                file.append(
-                    chunk, [case | {"generation": new} for case, new in zip(scored, made, strict=True)]
-                )
-                texts += sum(len(new["texts"]) for new in made)
+                file.append(chunk, [case | {maker.key: new} for case, new in zip(scored, made, strict=True)])
                 bar.update(len(chunk))
         file.begin(records)  # one line per case again
         seconds = time.perf_counter() - start
-        log.info("%s: %d texts generated in %.1f s, %.2f texts/s", name, texts, seconds, texts / seconds)
+        cases = sum(map(len, todo))
+        log.info("%s: %s text of %d cases in %.1f s", name, maker.key, cases, seconds)
 
     def _rounds(self, chunks: Sequence[Sequence[Record]]) -> Iterator[list[Record]]:
         """As many chunks at a time as there are processes: each gets one, where all are full."""
@@ -293,8 +311,9 @@ class _Scoring:
 
     def _asked_for(self, record: Record, file: CaseFile) -> Case:
         """The finished case, without text that was generated for other settings or that nobody wants now."""
-        case = file[record]
-        made_with = case.get("generation", {}).get("settings")
-        if self.generator.wants(record) and made_with == self.generator.settings(record):
-            return case
-        return {key: value for key, value in case.items() if key != "generation"}
+        case = dict(file[record])
+        for maker in self.makers:
+            made_with = case.get(maker.key, {}).get("settings")
+            if not (maker.wants(record) and made_with == maker.settings(record)):
+                case.pop(maker.key, None)
+        return case

@@ -186,8 +186,11 @@ class CaseGenerator:
         processes: the main one reads or fetches the reference texts, all of them use the same ones.
 
     Attributes:
+        key: of a case, under which its texts stand.
         notes: in words, which cases are generated and what they are compared with.
     """
+
+    key = "generation"
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +67,7 @@ class RunStates:
     Args:
         model: the unedited model that the run started from, in whatever dtype it is to be scored.
         folder: a run's folder, with `edit_<n>` files and (unless published .pth files) `run.json`.
+        only: numbers of edits of the checkpoints that count (default: all).
 
     Attributes:
         note: a sentence on what could not be verified of the model; None: it is the run's own.
@@ -75,9 +76,15 @@ class RunStates:
         SphereError: no checkpoints, or a model that is not the one that the run started from.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: str | Path,
+        only: Sequence[int] | None = None,
+    ) -> None:
         checkpoints = list_checkpoints(folder)
-        self.checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.n_edits]
+        self.checkpoints = [c for c in checkpoints if c.n_edits and (only is None or c.n_edits in only)]
         self._model, self._first = model, checkpoints[0]
         first = self._first
         self._weights = _weights(model, first)

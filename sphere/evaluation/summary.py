@@ -46,6 +46,12 @@ GENERATION: dict[str, Metric] = {
     "consistency": _generation("reference_score"),  # tf-idf cosine, in percent
     "essence_perplexity": _generation("essence_perplexity"),
 }
+
+
+def _exact_match(case: Case) -> float | None:
+    return 100.0 * case["greedy"]["exact_match"] if "greedy" in case else None
+
+
 METRICS: dict[str, dict[str, Metric]] = {
     "counterfact": {
         f"{name}_{key}": _mean_over_prompts(section, key)
@@ -56,6 +62,7 @@ METRICS: dict[str, dict[str, Metric]] = {
             ("neighborhood", "neighborhood"),
         )
     }
+    | {"exact_match": _exact_match}
     | GENERATION,
     "zsre": {
         "efficacy_accuracy": _mean_over_prompts("rewrite", "accuracy"),
@@ -64,6 +71,7 @@ METRICS: dict[str, dict[str, Metric]] = {
         "neighborhood_accuracy_unedited_prediction": _mean_over_prompts(
             "neighborhood", "accuracy_unedited_prediction"
         ),
+        "exact_match": _exact_match,
     },
 }
 # Each score is the harmonic mean of efficacy, generalisation and specificity.
@@ -184,6 +192,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "eff. acc.": "efficacy_accuracy",
         "par. acc.": "paraphrase_accuracy",
         "nei. acc.": "neighborhood_accuracy",
+        "exact match": "exact_match",
         "fluency": "fluency",
         "consistency": "consistency",
         "perplexity": "essence_perplexity",
@@ -194,6 +203,7 @@ COLUMNS: dict[str, dict[str, str]] = {
         "neighbor (answer)": "neighborhood_accuracy_given_answer",
         "neighbor (unedited)": "neighborhood_accuracy_unedited_prediction",
         "score": "score",
+        "exact match": "exact_match",
     },
 }
 # Of the state as a whole, not of cases: title -> (where in a row, how it is written).
@@ -203,7 +213,7 @@ STATE_COLUMNS: dict[str, tuple[tuple[str, ...], Callable[[float], str]]] = {
     "rotation": (("weights", "rotation"), "{:.4f}".format),
     "||change||": (("weights", "change_norm"), "{:.2f}".format),
 }
-WITH_INTERVAL = ("efficacy", "paraphrase", "neighborhood", "score")
+WITH_INTERVAL = ("efficacy", "paraphrase", "neighborhood", "score", "exact match")
 DECIMALS = {"fluency": 2}  # bits; the others need one
 
 

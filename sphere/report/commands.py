@@ -30,6 +30,7 @@ def score_command(run: RunData) -> str:
         "data_dir": config.get("data_dir"),
         "dataset_size_limit": limit,
         "generation_test_interval": summary.get("generation_interval") or None,
+        "exact_match_facts": summary.get("exact_match_facts") or None,
         "seed": summary.get("seed") or None,
     }
     return _evaluate(run, flags)
