@@ -5,15 +5,19 @@
     sphere sweep hydra/launcher=submitit_slurm hydra.launcher.gpus_per_node=1 ...   a Slurm job each
 
 Every key=value is one of sphere/commands/sweep.yaml or a flag of `sphere edit`; a comma-separated list makes one job
-per value. Jobs are Hydra's (multirun); its launchers say where they run. A sweep that was stopped goes on with the same
-command: finished jobs are not run again, the others continue. At the end <sweep_dir>/sweep.md, sweep.csv and sweep.json
-hold all jobs of the folder, and the command of a report on them is printed. `python -m experiments.sweep` is the same
-command, in a checkout.
+per value. First the jobs are listed with the time that they are expected to take; dry_run=true stops there. Jobs are
+Hydra's (multirun); its launchers say where they run. A sweep that was stopped goes on with the same command: finished
+jobs are not run again, the others continue. At the end <sweep_dir>/sweep.md, sweep.csv and sweep.json hold all jobs of
+the folder, and <sweep_dir>/report compares them (report=false: not), runs of the same facts by paired differences.
+`python -m experiments.sweep` is the same command, in a checkout.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from sphere.errors import SphereError
 
@@ -24,20 +28,56 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in overrides or "-h" in overrides:
         print(__doc__)
         return 0
-    from sphere.commands.sweep_job import sweep, sweep_dir
-    from sphere.runs.sweep import collect, format_sweep, report_command
+    from hydra.errors import HydraException
 
+    from sphere.commands.sweep_job import own_settings, sweep
+    from sphere.runs.sweep import collect, format_sweep
+
+    try:
+        own = own_settings(overrides)
+    except HydraException as error:
+        raise SphereError(f"These settings of a sweep are not understood: {error}") from error
+    folder = Path(own.sweep_dir)
+    _forecast(overrides, folder, keep=not own.dry_run)
+    if own.dry_run:
+        return 0
     sys.argv[1:] = overrides  # read by Hydra
     sweep()
-    folder = sweep_dir(overrides)
     rows = collect(folder)
     print(f"\n{format_sweep(rows)}\n")
     print(f"Tables: {folder / 'sweep.md'}, sweep.csv, sweep.json")
-    if any(row["metrics"] for row in rows):
-        print(f"Report: {report_command(rows)}")
+    if own.report and any(row["metrics"] for row in rows):
+        _report(rows, folder)
     open_ = [row for row in rows if row["status"] != "finished"]
     if open_:
         raise SphereError(
             f"{len(open_)} of {len(rows)} jobs are not finished (see the table): fix what it says and start again."
         )
     return 0
+
+
+def _forecast(overrides: list[str], folder: Path, keep: bool) -> None:
+    """Say which jobs there are and how long they will take; `keep`: for the jobs to say how far the sweep is."""
+    from hydra.errors import HydraException
+
+    from sphere.commands.sweep_job import jobs_of
+    from sphere.runs.forecast import expect, format_forecast, write_forecast
+
+    try:
+        expected = expect(jobs_of(overrides))
+    except HydraException:  # which Hydra says itself as it starts
+        return
+    print(f"{format_forecast(expected, folder)}\n", flush=True)
+    if keep:
+        write_forecast(folder, expected)
+
+
+def _report(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """One report of all finished runs, with the differences of those that can be compared."""
+    from sphere.report import make_report, paired_text
+    from sphere.runs.sweep import report_command
+
+    page = make_report([row["folder"] for row in rows if row["metrics"]], folder)
+    if text := paired_text(page):
+        print(f"\n{text}\n")
+    print(f"Report: {page}, again by {report_command(rows, folder)}")

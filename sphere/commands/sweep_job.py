@@ -6,6 +6,8 @@ Knows Hydra and `sphere.runs.sweep`. The command is `sphere.commands.sweep`, the
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,18 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from sphere.renamed import by_new_names
 from sphere.runs.config import RunConfig, settings
+from sphere.runs.forecast import progress_line
 from sphere.runs.sweep import Job, run_job
 
+log = logging.getLogger(__name__)
+
 ALONE = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # one job after the other
+OF_THE_COMMAND = ("dry_run", "report")  # no part of a job
 DECIDED_HERE = ("output_dir", "continue_from_run", "overwrite")
 
 
@@ -31,7 +38,14 @@ def schema() -> type:
             kind = setting.kind | None if setting.optional else setting.kind
             keys.append((setting.name, kind, dataclasses.field(default=setting.default)))
             keys += [(old, setting.kind | None, dataclasses.field(default=None)) for old in setting.old_names]
-    of_the_sweep = [("sweep_dir", str), ("generation_interval", int), ("devices", list[str])]
+    of_the_sweep: list[tuple[str, Any]] = [
+        ("sweep_dir", str),
+        ("generation_interval", int),
+        ("exact_match_facts", int),
+        ("devices", list[str]),
+        ("dry_run", bool),
+        ("report", bool),
+    ]
     keys += [(name, kind, dataclasses.field(default=MISSING)) for name, kind in of_the_sweep]
     return dataclasses.make_dataclass("Settings", keys)
 
@@ -44,9 +58,12 @@ def job_of(config: dict[str, Any], number: int = 0) -> Job:
     old = {name for setting in settings().values() for name in setting.old_names}
     values = by_new_names({key: v for key, v in config.items() if key not in old or v is not None})
     sweep_dir, interval = values.pop("sweep_dir"), values.pop("generation_interval")
+    greedy = values.pop("exact_match_facts", 0)
+    for key in OF_THE_COMMAND:
+        values.pop(key, None)
     if devices := values.pop("devices"):
         values["device"] = devices[number % len(devices)]
-    return Job(RunConfig(output_dir=str(sweep_dir), **values), interval)
+    return Job(RunConfig(output_dir=str(sweep_dir), **values), interval, greedy)
 
 
 @hydra.main(version_base=None, config_path=".", config_name="sweep")
@@ -57,15 +74,44 @@ def sweep(config: DictConfig) -> None:
     own = HydraConfig.get()
     job = job_of({str(k): v for k, v in values.items()}, own.job.num)
     if own.launcher._target_ == ALONE:
-        run_job(job)
+        _run(job)
         return
     # The bars of jobs side by side would tear one another apart; what the logs say still comes through.
     with (Path(own.runtime.output_dir) / "progress.log").open("a") as bars, redirect_stderr(bars):
-        run_job(job)
+        _run(job)
 
 
-def sweep_dir(overrides: list[str]) -> Path:
-    """The sweep's folder, as the overrides or the configuration say."""
+def _run(job: Job) -> None:
+    run_job(job)
+    if line := progress_line(Path(job.config.output_dir)):
+        log.info("%s", line)
+
+
+def own_settings(overrides: list[str]) -> DictConfig:
+    """The settings of the sweep itself, as the overrides or the configuration say: sweep_dir, dry_run and report."""
+    own = [o for o in overrides if o.partition("=")[0] in ("sweep_dir", *OF_THE_COMMAND)]
+    return _compose(own)
+
+
+def jobs_of(overrides: list[str]) -> list[Job]:
+    """The jobs that Hydra's own sweeper will make of these overrides, in its order.
+
+    Raises:
+        HydraException: overrides that Hydra refuses.
+    """
+    choices = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = str(override.get_key_element())
+        if key.lstrip("+~").startswith("hydra"):
+            continue
+        swept = override.is_sweep_override()
+        values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+        choices.append([f"{key}={value}" for value in values])
+    combinations = [_compose(list(words)) for words in itertools.product(*choices)]
+    containers: list[Any] = [OmegaConf.to_container(config, resolve=True) for config in combinations]
+    return [job_of(values, number) for number, values in enumerate(containers)]
+
+
+def _compose(overrides: list[str]) -> DictConfig:
     with hydra.initialize_config_dir(str(Path(__file__).parent.resolve()), version_base=None):
-        own = [o for o in overrides if o.startswith("sweep_dir=")]
-        return Path(hydra.compose("sweep", own).sweep_dir)
+        return hydra.compose("sweep", overrides)

@@ -36,6 +36,7 @@ ROWS, PREFIX, SUFFIX, SCORED, RUN_PREFIX = 6.5, 12.5, 4.5, 1.2, 20.0
 PADDED_PREFIX = 20  # tokens before the subject's last one, as rows of a pass are padded
 RANK_SHARE = 0.25  # principal directions, as a share of the smaller side
 EIGH_FLOPS = 9  # n^3 operations of a symmetric eigendecomposition, vectors included
+TARGET_VALUES = "target values"  # a stage of a batch
 RATE_SECONDS = 0.15  # that measuring one rate takes
 
 
@@ -78,6 +79,12 @@ class Plan:
     flops: tuple[tuple[str, str, float], ...]
     merged: bool
     dtype: torch.dtype
+
+    def seconds(self, rates: Mapping[str, float]) -> float | None:
+        """Of one batch, at the rates of `measure_rates`; None where not all of it is counted (no target values)."""
+        if not any(stage == TARGET_VALUES for stage, _, _ in self.flops):
+            return None
+        return sum(operations / rates[kind] for _, kind, operations in self.flops)
 
     def peak(self, place: str) -> tuple[str, int]:
         """The phase in which most is held in a place, and how many bytes."""
@@ -291,7 +298,7 @@ def _operations(
         suffix, scored = n * ROWS * SUFFIX, n * (ROWS * SCORED + 1)
         step = suffix * (counted.forward + counted.backward) + 2 * scored * counted.head
         once = (suffix + n * RUN_PREFIX) * counted.below + n * RUN_PREFIX * counted.forward
-        stages.append(("target values", "model", hparams.v_num_grad_steps * step + once))
+        stages.append((TARGET_VALUES, "model", hparams.v_num_grad_steps * step + once))
         stages.append(("keys and residuals", "model", n * ROWS * (PREFIX + 1) * counted.below))
         stages.append(("solve", "float64", memory_of(method).solve_operations(hparams, sizes)))
     if beta:

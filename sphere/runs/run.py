@@ -100,15 +100,25 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         hparams = hparams_of(config)
         method.rules(hparams, config.beta_hse, alpha_of(config))  # bad ratios are reported first
         facts = processes.on_main(lambda: own_facts(config))
-        records = (
-            facts.records
-            if facts
-            else load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
-        )
+        records = facts.records if facts else _published(config)
         _warn_of_tuning_set(config, records)
         saved = saved_at(config.checkpoints, _ends(_batches(config, records)))
         with locked(folder_of(config), processes):
             return _execute(config, hparams, records, facts, saved, command, processes)
+
+
+def records_of(config: RunConfig) -> list[Record]:
+    """The facts that a run edits, in the order of their file; one's own may still lack what is asked of the model.
+
+    Raises:
+        SphereError: no such facts, or some that cannot be used.
+    """
+    facts = own_facts(config)
+    return facts.records if facts else _published(config)
+
+
+def _published(config: RunConfig) -> list[Record]:
+    return load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
 
 
 def _batches(config: RunConfig, records: Sequence[Record]) -> list[Sequence[Record]]:

@@ -57,7 +57,15 @@ OF_THE_MACHINE = (
     "stats_dir",
 )
 # What a row says of a finished job.
-MEASURED = ("n_edits", "metrics", "unedited", "change_norm", "seconds_per_edit")
+MEASURED = (
+    "n_edits",
+    "metrics",
+    "unedited",
+    "text_perplexity",
+    "weights",
+    "change_norm",
+    "seconds_per_edit",
+)
 # What a row says of its run, beside that.
 SETTINGS = ("alg_name", "model_name", "ds_name", "num_edits", "beta_hse", "alpha", "seed")
 
@@ -69,10 +77,12 @@ class Job:
     Attributes:
         config: the run; its `output_dir` is the sweep's folder.
         generation_interval: generate text for every so-many-th case; 0: never.
+        exact_match_facts: generate greedy text of so many facts, from the first; 0: none.
     """
 
     config: RunConfig
     generation_interval: int = 0
+    exact_match_facts: int = 0
 
     @property
     def run_config(self) -> RunConfig:
@@ -98,6 +108,7 @@ class Job:
             **asdict(self.run_config),
             "alpha": alpha_of(self.config),
             "generation_interval": self.generation_interval,
+            "exact_match_facts": self.exact_match_facts,
             "hparams": hparams,
         }
 
@@ -114,10 +125,10 @@ def run_job(job: Job) -> dict[str, Any]:
     folder, path = job.folder, job.folder / JOB_NAME
     try:
         with locked(folder):
-            previous = _read_job(path) if path.exists() else {}
-            if _is_finished(previous, job):
+            if previous := finished_before(job):
                 log.info("%s: finished before.", folder)
                 return previous
+            previous = _read_job(path) if path.exists() else {}
             return _attempt(job, path, previous.get("seconds", 0.0))
     except SphereError as problem:  # the job could not begin; its folder is as it was
         log.error("%s: %s", folder, problem)
@@ -150,44 +161,50 @@ def _run(job: Job) -> None:
     begun = (job.folder / CONFIG_NAME).exists()
     run = execute(replace(config, continue_from_run=begun, overwrite=False))
     run.editor.revert()
+    published = job.generation_interval and not config.facts
     evaluate_run(
         run.model,
         run.tokenizer,
         run.folder,
         run.records,
         generation_interval=job.generation_interval,
+        exact_match_facts=job.exact_match_facts,
         data_dir=config.data_dir,
-        dataset=load_records(config.ds_name, config.data_dir) if job.generation_interval else None,
+        dataset=load_records(config.ds_name, config.data_dir) if published else None,
+        notes=run.notes,
         passes=config.passes,
         seed=config.seed,
     )
 
 
-def _is_finished(previous: Mapping[str, Any], job: Job) -> bool:
-    """Whether the job was run to its end with settings that give the same numbers.
+def finished_before(job: Job) -> dict[str, Any] | None:
+    """What became of a job that was run to its end with settings that give the same numbers; None of another one.
 
     A setting that the job's version did not know had what is its default now.
     """
-    defaults = {name: setting.default for name, setting in settings().items()}
+    path = job.folder / JOB_NAME
+    previous = _read_job(path) if path.exists() else {}
+    defaults = {name: setting.default for name, setting in settings().items()} | {"exact_match_facts": 0}
 
     def deciding(known: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in (defaults | dict(known)).items() if k not in OF_THE_MACHINE}
+        return {k: v for k, v in {**defaults, **known}.items() if k not in OF_THE_MACHINE}
 
-    return (
+    finished = (
         previous.get("status") == "finished"
         and deciding(previous["settings"]) == deciding(json.loads(json.dumps(job.settings)))
         and (job.folder / FOLDER / SUMMARY_NAME).exists()
     )
+    return previous if finished else None
 
 
 def collect(sweep_dir: str | Path) -> list[dict[str, Any]]:
     """One row per job of a sweep, in the order of their settings; also written as sweep.json, sweep.csv and sweep.md.
 
     Returns:
-        Rows {"label", "folder", "status", "error", "seconds", the SETTINGS, "n_edits", "metrics", "unedited",
-        "change_norm", "seconds_per_edit"}. The last five are None where the job is not finished: the scores of its last
-        checkpoint and of the unedited model on the same cases (`sphere.evaluation.summary.summarise`), the Frobenius
-        norm of the change of all edited weights, and the editing time.
+        Rows {"label", "folder", "status", "error", "seconds", the SETTINGS, and what is MEASURED}. The latter is None
+        where the job is not finished: the scores of its last checkpoint and of the unedited model on the same cases
+        (`sphere.evaluation.summary.summarise`), perplexity and weight changes (`sphere.evaluation.state_metrics`), the
+        Frobenius norm of the change of all edited weights together, and the editing time.
 
     Raises:
         SphereError: no job in that folder.
@@ -229,7 +246,7 @@ def _row(path: Path) -> dict[str, Any]:
     summary = path.parent / FOLDER / SUMMARY_NAME
     if job["status"] == "finished" and summary.exists():
         last = read_json(summary, "summary")["checkpoints"][-1]
-        row |= {key: last[key] for key in ("n_edits", "metrics", "unedited")}
+        row |= {key: last.get(key) for key in ("n_edits", "metrics", "unedited", "text_perplexity", "weights")}
         row["change_norm"] = change_norm(path.parent)
         batches = (path.parent / LOG_NAME).read_text("utf-8").splitlines()
         row["seconds_per_edit"] = sum(json.loads(line)["seconds"] for line in batches) / last["n_edits"]
@@ -259,8 +276,13 @@ def _label(rows: Sequence[dict[str, Any]]) -> None:
     if with_and_without:
         differing.remove("beta_hse")
     for row in rows:
-        hook = ["+ SPHERE"] if with_and_without and row["beta_hse"] else []
+        hook = ["+ SPHERE"] if with_and_without and row["beta_hse"] and _has_sphere(row["rules"]) else []
         row["label"] = " ".join([row["alg_name"], *hook, *(word(key, row[key]) for key in differing)])
+
+
+def _has_sphere(rules: str | None) -> bool:
+    """Whether a chain of rules by name has the hook; every method's own has it."""
+    return rules is None or "sphere" in [name.strip() for name in rules.split(",")]
 
 
 def format_sweep(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
@@ -297,9 +319,8 @@ def _unedited(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table: scores, size of the change and speed."""
-    extra = {"||change||": f"{row['change_norm']:.2f}", "s/edit": f"{row['seconds_per_edit']:.2f}"}
-    return {**row, "extra": extra}
+    """A row of the table: scores, what became of the model, and speed."""
+    return {**row, "extra": {"s/edit": f"{row['seconds_per_edit']:.2f}"}}
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -347,7 +368,9 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Flat: one column per metric, with its interval."""
     flat = []
     for row in rows:
-        line = {k: v for k, v in row.items() if k not in ("metrics", "unedited")}
+        line = {k: v for k, v in row.items() if k not in ("metrics", "unedited", "weights")}
+        weights = row["weights"] or {}
+        line |= {k: weights[k] for k in ("energy_change", "rotation") if k in weights}
         for name, entry in (row["metrics"] or {}).items():
             if isinstance(entry, Mapping):
                 line |= {name: _value(entry), f"{name}_low": entry["low"], f"{name}_high": entry["high"]}
@@ -359,7 +382,7 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(flat)
 
 
-def report_command(rows: Sequence[Mapping[str, Any]]) -> str:
+def report_command(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
     """The command that makes one report of all finished runs."""
     folders = [row["folder"] for row in rows if row["metrics"]]
-    return shlex.join([*PROGRAM, "report", "--weight_folder", *folders])
+    return shlex.join([*PROGRAM, "report", "--weight_folder", *folders, "--out", str(out)])
