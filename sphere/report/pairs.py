@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sphere.checkpoints import USER_TURN
 from sphere.errors import SphereError
 from sphere.evaluation.case_file import read_cases
 from sphere.evaluation.evaluate_run import FOLDER
@@ -29,6 +30,7 @@ DECIDED = (
     "num_edits",
     "seed",
     "z_matmul_dtype",
+    USER_TURN,
     "model",
     "model_dtype",
 )
