@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sphere.data.facts import Facts, read_facts, repeated
-from sphere.data.records import Record
+from sphere.data.records import Record, load_records
 from sphere.errors import SphereError
 from sphere.evaluation.unedited_answers import complete
 from sphere.files import read_json, write_json
@@ -84,6 +84,17 @@ def own_facts(config: RunConfig) -> Facts | None:
     if config.facts is None:
         return None
     return load_facts(config.facts, config.subjects, config.on_bad_record, config.dataset_size_limit)
+
+
+def records_of(config: RunConfig, facts: Facts | None) -> list[Record]:
+    """What a run edits, in the order of its file: the user's facts where there are some, else those of its dataset.
+
+    Raises:
+        SphereError: no such dataset, or records that cannot be used.
+    """
+    return (
+        facts.records if facts else load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
+    )
 
 
 def complete_facts(

@@ -20,9 +20,9 @@ from sphere.evaluation.summary import format_lines
 from sphere.files import read_json, write_json
 from sphere.models import resolve_device
 from sphere.runs.config import RunConfig
+from sphere.runs.facts_file import own_facts, records_of
 from sphere.runs.folder import JOB_NAME
 from sphere.runs.plan import measure_rates, plan_run
-from sphere.runs.run import records_of
 from sphere.runs.sweep import Job, finished_before
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def expect(jobs: Iterable[Job]) -> list[Expected]:
     for job in jobs:
         finished = finished_before(job)
         try:
-            n_edits, seconds = len(records_of(job.config)), None
+            n_edits, seconds = len(records_of(job.config, own_facts(job.config))), None
             alike = replace(job.config, output_dir="", seed=0, shuffle=False, dataset_size_limit=n_edits)
             if alike not in known:
                 known[alike] = _seconds(alike, rates)
@@ -111,7 +111,11 @@ def remaining(expected: Sequence[Expected]) -> tuple[float, int]:
     """(seconds that the jobs which are not finished will take one after the other, number of jobs it does not know)."""
     finished = [job for job in expected if job.measured is not None and job.n_edits]
     planned = [job for job in finished if job.seconds]
-    scale = sum(job.measured or 0 for job in planned) / sum(job.seconds or 0 for job in planned) if planned else 1.0
+    scale = (
+        sum(job.measured or 0 for job in planned) / sum(job.seconds or 0 for job in planned)
+        if planned
+        else 1.0
+    )
     total, unknown = 0.0, 0
     for job in expected:
         if job.measured is not None:

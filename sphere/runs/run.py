@@ -28,7 +28,7 @@ from sphere.checkpoints import (
     write_resume,
 )
 from sphere.data.facts import Facts
-from sphere.data.records import Record, load_records, shuffled
+from sphere.data.records import Record, shuffled
 from sphere.distributed import Processes, start
 from sphere.editor import BatchReport, Editor
 from sphere.errors import SphereError
@@ -47,7 +47,7 @@ from sphere.runs.config import (
     saved_at,
 )
 from sphere.runs.dtypes import USED, z_matmul_dtype_used
-from sphere.runs.facts_file import complete_facts, own_facts, write_facts
+from sphere.runs.facts_file import complete_facts, own_facts, records_of, write_facts
 from sphere.runs.folder import ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
 from sphere.runs.hparams import hparams_of, hparams_source
 from sphere.runs.lengths import check_records
@@ -100,25 +100,11 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         hparams = hparams_of(config)
         method.rules(hparams, config.beta_hse, alpha_of(config))  # bad ratios are reported first
         facts = processes.on_main(lambda: own_facts(config))
-        records = facts.records if facts else _published(config)
+        records = records_of(config, facts)
         _warn_of_tuning_set(config, records)
         saved = saved_at(config.checkpoints, _ends(_batches(config, records)))
         with locked(folder_of(config), processes):
             return _execute(config, hparams, records, facts, saved, command, processes)
-
-
-def records_of(config: RunConfig) -> list[Record]:
-    """The facts that a run edits, in the order of their file; one's own may still lack what is asked of the model.
-
-    Raises:
-        SphereError: no such facts, or some that cannot be used.
-    """
-    facts = own_facts(config)
-    return facts.records if facts else _published(config)
-
-
-def _published(config: RunConfig) -> list[Record]:
-    return load_records(config.ds_name, config.data_dir, config.dataset_size_limit)
 
 
 def _batches(config: RunConfig, records: Sequence[Record]) -> list[Sequence[Record]]:

@@ -246,7 +246,9 @@ def _row(path: Path) -> dict[str, Any]:
     summary = path.parent / FOLDER / SUMMARY_NAME
     if job["status"] == "finished" and summary.exists():
         last = read_json(summary, "summary")["checkpoints"][-1]
-        row |= {key: last.get(key) for key in ("n_edits", "metrics", "unedited", "text_perplexity", "weights")}
+        row |= {
+            key: last.get(key) for key in ("n_edits", "metrics", "unedited", "text_perplexity", "weights")
+        }
         row["change_norm"] = change_norm(path.parent)
         batches = (path.parent / LOG_NAME).read_text("utf-8").splitlines()
         row["seconds_per_edit"] = sum(json.loads(line)["seconds"] for line in batches) / last["n_edits"]
