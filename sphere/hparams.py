@@ -1,4 +1,4 @@
-"""Hyperparameters: one JSON file per method and model, with the keys that the MEMIT family of projects uses.
+"""Hyperparameters: one file per method and model, with the keys that the MEMIT family of projects uses.
 
 Knows names and types only. A method that needs more declares a subclass of `HParams` beside itself.
 """
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from sphere.errors import SphereError
 from sphere.files import read_json
+from sphere.peer_hparams import in_own_keys
 from sphere.resources import find, places
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ H = TypeVar("H")
 
 # Keys for the reader that decide nothing: what other projects write, and how a tuning found the rest.
 INFORMATIONAL = ("model_name", "alg_name", "found_by")
+YAML = (".yaml", ".yml")
 MOM2_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -139,32 +141,58 @@ def require(hparams: Any, positive: Sequence[str] = (), not_negative: Sequence[s
 
 
 def load_hparams(path: str | Path, kind: type[H]) -> H:
-    """Read and check a hyperparameter file.
+    """Read and check a hyperparameter file, this project's or another's (`sphere.peer_hparams`).
 
     Args:
+        path: JSON; or YAML, if its name ends in .yaml or .yml.
         kind: the dataclass of the method's hyperparameters.
 
     Raises:
-        SphereError: no such file, no JSON, or unknown, missing and ill-typed keys, all of them named.
+        SphereError: no such file, no JSON or YAML, or unknown, missing and ill-typed keys, all of them named.
     """
     path = find(path)
     if not path.exists():
         raise _no_file(path)
-    content = read_json(path, "hyperparameter file")
-    if not isinstance(content, dict):
-        raise SphereError(
-            f"The hyperparameter file {path} must hold a JSON object, got {type(content).__name__}."
-        )
+    content = read_content(path)
     try:
-        return hparams_from_dict(content, kind)
+        values, account = in_own_keys(content, {field.name for field in dataclasses.fields(kind)})  # type: ignore[arg-type]
+        hparams = hparams_from_dict(values, kind)
     except SphereError as error:
         raise SphereError(f"In the hyperparameter file {path}: {error}") from error
+    if account:
+        log.info("The hyperparameter file %s has keys of another project: %s.", path, account)
+    return hparams
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """The keys and values of a hyperparameter file, unchecked.
+
+    Raises:
+        SphereError: no JSON object, or no YAML mapping.
+    """
+    content = _read_yaml(path) if path.suffix in YAML else read_json(path, "hyperparameter file")
+    if not isinstance(content, dict):
+        form = "YAML mapping" if path.suffix in YAML else "JSON object"
+        raise SphereError(f"The hyperparameter file {path} must hold a {form}, got {type(content).__name__}.")
+    return content
+
+
+def _read_yaml(path: Path) -> Any:
+    """Plain values only; numbers like 5e-1 are numbers, which YAML 1.1 takes for strings."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        return OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise SphereError(f"The hyperparameter file {path} is not valid YAML ({reason}).") from error
 
 
 def tuned_on(path: str | Path, ds_name: str) -> set[int]:
     """The case ids of a dataset that a hyperparameter file was tuned on; none where it does not say so."""
-    content = read_json(find(path), "hyperparameter file")
-    found_by = content.get("found_by") if isinstance(content, dict) else None
+    found_by = read_content(find(path)).get("found_by")
     if not isinstance(found_by, dict) or found_by.get("dataset") != ds_name:
         return set()
     return {case_id for case_id in found_by.get("case_ids", ()) if isinstance(case_id, int)}
@@ -173,7 +201,10 @@ def tuned_on(path: str | Path, ds_name: str) -> set[int]:
 def _no_file(path: Path) -> SphereError:
     """Where a hyperparameter file was looked for, and which ones there are."""
     folders = [place.resolve() for place in places(path.parent)]
-    there = sorted({file.name for folder in folders for file in folder.glob("*.json")})
+    kinds = (".json", *YAML)
+    there = sorted(
+        {f.name for folder in folders if folder.is_dir() for f in folder.iterdir() if f.suffix in kinds}
+    )
     advice = (
         f"choose one of: {', '.join(there)}, or another folder" if there else "give the folder that holds it"
     )

@@ -12,6 +12,7 @@ import re
 import shlex
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from sphere.resources import find
 if TYPE_CHECKING:
     from sphere.forward.passes import PassOptions
 
+BETA_HSE = 0.5  # the paper's
 OWN_FACTS = "facts"  # the dataset's name where `facts` gives it
 PROGRAM = ("python", "-m", "sphere")  # in a checkout and where the package is installed
 
@@ -83,15 +85,17 @@ class RunConfig:
         "put prompts, with their contexts, into the user's turn of the tokenizer's chat template, in editing and in "
         "scoring",
     )
-    beta_hse: float = _setting(
-        0.5,
+    beta_hse: float | None = _setting(
+        None,
         "editing",
-        "SPHERE: cumulative ratio that decides how many directions are principal; 0 switches it off",
+        "SPHERE: cumulative ratio that decides how many directions are principal; 0 switches it off (default: what the "
+        f"hyperparameter file says, else {BETA_HSE:g})",
     )
     alpha: float | None = _setting(
         None,
         "editing",
-        "SPHERE: suppression strength (default: the paper's, 0.5 for AlphaEdit and 0.8 for the others)",
+        "SPHERE: suppression strength (default: what the hyperparameter file says, else the paper's, 0.5 for AlphaEdit "
+        "and 0.8 for the others)",
     )
     rules: str | None = _setting(
         None,
@@ -288,7 +292,7 @@ def folder_of(config: RunConfig) -> Path:
         model_label(config.model_name),
         data_label(config),
         config.num_edits,
-        config.beta_hse,
+        beta_hse_of(config),
         alpha_of(config),
     )
     names = rules_of(config)
@@ -312,11 +316,31 @@ def data_label(config: RunConfig) -> str:
     return name or OWN_FACTS
 
 
+def beta_hse_of(config: RunConfig) -> float:
+    """A run's cumulative ratio: its own, or what its hyperparameter file says, or the paper's."""
+    if config.beta_hse is not None:
+        return config.beta_hse
+    return _of_its_file(config).get("beta_hse", BETA_HSE)
+
+
 def alpha_of(config: RunConfig) -> float:
-    """A run's suppression strength: its own, or its method's default."""
+    """A run's suppression strength: its own, or what its hyperparameter file says, or its method's default."""
     from sphere.methods import get_method
 
-    return get_method(config.alg_name).default_alpha if config.alpha is None else config.alpha
+    if config.alpha is not None:
+        return config.alpha
+    return _of_its_file(config).get("alpha", get_method(config.alg_name).default_alpha)
+
+
+def _of_its_file(config: RunConfig) -> dict[str, float]:
+    """What a run's hyperparameter file says of SPHERE; nothing where it cannot be read, which is said elsewhere."""
+    from sphere.hparams import read_content
+    from sphere.peer_hparams import sphere_settings
+
+    path = hparams_path(config)
+    with suppress(SphereError):
+        return sphere_settings(read_content(path)) if path.exists() else {}
+    return {}
 
 
 def saved_at(checkpoints: str, ends: Sequence[int]) -> set[int]:

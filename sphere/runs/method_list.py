@@ -13,7 +13,7 @@ from sphere.hparams import load_hparams
 from sphere.methods import Method, available_methods
 from sphere.models import DEFAULT_MODEL
 from sphere.resources import find
-from sphere.runs.config import RunConfig
+from sphere.runs.config import BETA_HSE
 
 WIDTH = 110
 # Where modules are, and what has one value only: these say nothing of a method.
@@ -39,7 +39,7 @@ def _describe(method: type[Method], hparams_dir: Path) -> str:
     models = sorted(path.stem for path in folder.glob("*.json"))
     lines = [
         ("reference", method.reference),
-        ("SPHERE", f"alpha {method.default_alpha:g}, beta_hse {RunConfig.beta_hse:g}"),
+        ("SPHERE", f"alpha {method.default_alpha:g}, beta_hse {BETA_HSE:g}"),
     ]
     if DEFAULT_MODEL in models:
         lines.append((f"{DEFAULT_MODEL}", _settings(method, folder / f"{DEFAULT_MODEL}.json")))

@@ -24,7 +24,7 @@ from sphere.forward.scorer import LOGIT_VALUES
 from sphere.hparams import HParams, ModuleHParams, TargetHParams
 from sphere.methods import Method, get_method
 from sphere.models import DTYPES, meta_model, model_label, resolve_device
-from sphere.runs.config import RunConfig, alpha_of
+from sphere.runs.config import RunConfig, alpha_of, beta_hse_of
 from sphere.runs.hparams import hparams_of
 from sphere.runs.memory import DEVICE, DISK, FLOAT32, HOST, PHASES, Item, Sizes
 from sphere.runs.method_memory import memory_of
@@ -113,7 +113,8 @@ def plan_run(config: RunConfig) -> Plan:
     config.check()
     method = get_method(config.alg_name)
     hparams = hparams_of(config)
-    method.rules(hparams, config.beta_hse, alpha_of(config))
+    beta_hse = beta_hse_of(config)
+    method.rules(hparams, beta_hse, alpha_of(config))
     device = _device_type(config.device)
     model = meta_model(config.model_name, config.dtype, device)
     stack = LayerStack(model, hparams)
@@ -135,14 +136,14 @@ def plan_run(config: RunConfig) -> Plan:
         *_weights(model, sizes),
         *memory_of(method).items(hparams, sizes),
         *_passes(method, hparams, shape, sizes, config.batch_tokens or most),
-        *_writing(sizes, bool(config.beta_hse)),
+        *_writing(sizes, bool(beta_hse)),
         *_scoring(shape, sizes, config.passes.scoring_tokens(device)),
         *_files(sizes),
     ]
     return Plan(
         title=_title(config, stack, sizes, device),
         items=tuple(item for item in items if item.size),
-        flops=tuple(_operations(method, hparams, shape, sizes, config.beta_hse)),
+        flops=tuple(_operations(method, hparams, shape, sizes, beta_hse)),
         merged=sizes.on_cpu,
         dtype=model.dtype,
     )

@@ -41,6 +41,7 @@ from sphere.models import load_model, model_label
 from sphere.runs.config import (
     RunConfig,
     alpha_of,
+    beta_hse_of,
     describe,
     folder_of,
     rules_of,
@@ -98,7 +99,7 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         if config.tensorboard:
             check_tensorboard()
         hparams = hparams_of(config)
-        method.rules(hparams, config.beta_hse, alpha_of(config))  # bad ratios are reported first
+        method.rules(hparams, beta_hse_of(config), alpha_of(config))  # bad ratios are reported first
         facts = processes.on_main(lambda: own_facts(config))
         records = records_of(config, facts)
         _warn_of_tuning_set(config, records)
@@ -190,7 +191,7 @@ def editor_of(
         tokenizer,
         config.alg_name,
         hparams,
-        beta_hse=config.beta_hse,
+        beta_hse=beta_hse_of(config),
         alpha=alpha_of(config),
         rules=rules_of(config),
         directions=config.directions,
@@ -220,7 +221,7 @@ def _decided(
         "case_ids": [r.case_id for r in records],
         "requests": hashlib.sha256(repr([r.request for r in records]).encode()).hexdigest(),
         "num_edits": config.num_edits,
-        "beta_hse": config.beta_hse,
+        "beta_hse": beta_hse_of(config),
         "alpha": alpha_of(config),
         **_unusual(config),
         "seed": config.seed,

@@ -31,10 +31,11 @@ from sphere.errors import SphereError
 from sphere.evaluation.evaluate_run import FOLDER, SUMMARY_NAME, evaluate_run
 from sphere.evaluation.summary import COLUMNS, format_lines, format_table
 from sphere.files import atomic_path, read_json, write_json
+from sphere.hparams import read_content
 from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
 from sphere.renamed import by_new_names
-from sphere.runs.config import PROGRAM, RunConfig, alpha_of, folder_of, settings
+from sphere.runs.config import PROGRAM, RunConfig, alpha_of, beta_hse_of, folder_of, settings
 from sphere.runs.folder import JOB_NAME
 from sphere.runs.hparams import hparams_source
 from sphere.runs.run import execute
@@ -103,9 +104,10 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """JSON-able: the run's configuration with its hyperparameters, and how it is scored."""
         path = hparams_source(self.config)
-        hparams = read_json(path, "hyperparameter file") if path.exists() else None
+        hparams = read_content(path) if path.exists() else None
         return {
             **asdict(self.run_config),
+            "beta_hse": beta_hse_of(self.config),
             "alpha": alpha_of(self.config),
             "generation_interval": self.generation_interval,
             "exact_match_facts": self.exact_match_facts,

@@ -42,7 +42,7 @@ from sphere.report.figures import Drawn
 from sphere.report.page import png, svg
 from sphere.report.style import drawing
 from sphere.resources import find
-from sphere.runs.config import RunConfig, alpha_of
+from sphere.runs.config import RunConfig, alpha_of, beta_hse_of
 from sphere.runs.hparams import format_hparams, hparams_of, write_path
 from sphere.tuning.causal_trace import causal_trace, choose_layers, known_facts, subject_noise
 from sphere.tuning.figures import effects, history
@@ -203,7 +203,8 @@ class _Tuning:
             "case_ids": [record.case_id for record in self.records],
             "requests": hashlib.sha256(repr([r.request for r in self.records]).encode()).hexdigest(),
             "alpha": alpha_of(c),
-            **{key: getattr(c, key) for key in ("alg_name", "ds_name", "num_edits", "beta_hse", "rules")},
+            "beta_hse": beta_hse_of(c),
+            **{key: getattr(c, key) for key in ("alg_name", "ds_name", "num_edits", "rules")},
             **{key: getattr(c, key) for key in ("directions", "revive_tau", "seed", "z_matmul_dtype")},
             **{
                 key: getattr(o, key)
