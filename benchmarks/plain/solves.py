@@ -1,6 +1,6 @@
-"""AlphaEdit's and MEMIT's solves by dense in x in matrices and a general LU, anew for each batch.
+"""The methods' solves by dense in x in matrices and a general LU, anew for each batch.
 
-Both return X (in x n), with which an update is Delta = R X^T.
+All return X (in x n), with which an update is Delta = R X^T.
 """
 
 from __future__ import annotations
@@ -28,3 +28,10 @@ def memit(second_moment: Tensor, keys: Tensor, cache: Tensor | None, weight: flo
     if cache is not None:
         system = system + cache
     return torch.linalg.solve(system, keys)
+
+
+def emmet(second_moment: Tensor, keys: Tensor, weight: float, ridge: float, lambda_e: float) -> Tensor:
+    """X = C^-1 K (K^T C^-1 K + lambda_e I)^-1 with C = lambda M + mu I."""
+    c_k = torch.linalg.solve(weight * second_moment + ridge * torch.eye(len(keys)).to(keys), keys)  # in x n
+    system = keys.T @ c_k + lambda_e * torch.eye(keys.shape[1]).to(keys)  # n x n
+    return torch.linalg.solve(system, c_k, left=False)

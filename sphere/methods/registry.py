@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 GROUP = "sphere.methods"
 BUILT_IN = {
     "AlphaEdit": "sphere.methods.alphaedit:AlphaEdit",
+    "EMMET": "sphere.methods.emmet:EMMET",
     "FT": "sphere.methods.ft:FT",
     "MEMIT": "sphere.methods.memit:MEMIT",
     "MEMIT_prune": "sphere.methods.prune:MEMITPrune",

@@ -8,6 +8,7 @@ where S, the preconditioner, says which directions are cheap to change and c how
 
     AlphaEdit   S = P (null-space projector), c = L2:    X = (P (C + K K^T) + L2 I)^-1 P K
     MEMIT       S = (lambda M)^-1,            c = 1:     X = (lambda M + C + K K^T)^-1 K
+    EMMET       S = (lambda M + mu I)^-1,     c = lambda_e, C = 0:    X = S K (K^T S K + lambda_e I)^-1
 
 An edit makes the directions of its keys more expensive for those after it. With T = (S^-1 + C / c)^-1, by Woodbury's
 identity,
@@ -237,24 +238,28 @@ class SequentialSolve:
         return float((left - right).norm()) / norm if norm else 0.0
 
 
-def inverse_moment(second_moment: Tensor, weight: float, what: str) -> Apply:
-    """K -> (lambda M)^-1 K in float64, with lambda M factorised once.
+def inverse_moment(second_moment: Tensor, weight: float, what: str, ridge: float = 0.0) -> Apply:
+    """K -> (lambda M + mu I)^-1 K in float64, with the matrix factorised once.
 
     The factor is kept, and the systems are solved, where the second moment is: K may be on another device.
 
     Args:
         second_moment: M (in x in).
         weight: lambda, `mom2_update_weight`.
+        ridge: mu.
 
     Raises:
         SphereError: a second moment that is singular beyond rounding.
     """
+    shift = ridge / weight if ridge else 0.0  # M + mu / lambda I is factorised
     factor = second_moment.to(torch.float64, copy=True).T  # symmetric, and as LAPACK wants it
+    if shift:
+        factor.diagonal().add_(shift)
     info = torch.empty((), dtype=torch.int32, device=factor.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))  # in place: no second matrix of this size
     if int(info):  # rounding of a float32 second moment can push its smallest eigenvalues below zero
         factor.copy_(second_moment)
-        factor.diagonal().add_(torch.finfo(torch.float32).eps * factor.diagonal().max())
+        factor.diagonal().add_(torch.finfo(torch.float32).eps * factor.diagonal().max() + shift)
         torch.linalg.cholesky_ex(factor, out=(factor, info))
     if int(info) or not weight > 0:
         raise SphereError(
