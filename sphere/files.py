@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,60 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which gets that name when the block is left; on failure nothing is left.
+
+    Raises:
+        SphereError: there is something at `path` already, before or after; or the folder cannot be written (no space,
+            no permission).
+    """
+    path = Path(os.path.abspath(path))
+    _check_new(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=LEFTOVER))
+    except OSError as error:
+        raise SphereError(f"Cannot write {path}: {error}; choose another folder.") from error
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp makes folders private
+        for written in sorted(temporary.rglob("*")):
+            _sync(written)
+        _check_new(path)
+        os.rename(temporary, path)
+        _sync(path.parent)
+    except Exception as error:
+        if isinstance(error, OSError) or _is_io_error(error):
+            raise SphereError(str(_cannot_write(path, error))) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_new(path: Path) -> None:
+    if os.path.lexists(path):
+        raise SphereError(
+            f"There is something at {path} already, which is never written over: choose another place."
+        )
+
+
+def check_space(folder: Path, n_bytes: int) -> None:
+    """Find out that a disk is too full before the time goes into what is to be written to it.
+
+    Raises:
+        SphereError: less than `n_bytes` are free where `folder` is.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise SphereError(
+            f"{n_bytes / 1e9:.2f} GB are to be written to {folder.parent}, where {free / 1e9:.2f} GB are free: free "
+            "some space or choose another folder."
+        )
 
 
 def append_line(path: Path, line: str) -> None:

@@ -3,6 +3,7 @@
     sphere check      show how a table of facts will be read, and what is wrong with it
     sphere edit       edit a model in batches, and score what the edits did
     sphere score      score the checkpoints of a run, or run the downstream tasks on them
+    sphere export     write the edited model of a run in a form that other programs load
     sphere report     compare runs in figures and one HTML page
     sphere sweep      run and score many configurations, into one table
     sphere tune       find layers and hyperparameters for a model
@@ -20,7 +21,7 @@ import sys
 
 from sphere.commands.common import Parser, run_cli
 
-COMMANDS = ("check", "edit", "score", "report", "sweep", "tune", "plan", "methods", "hparams")
+COMMANDS = ("check", "edit", "score", "export", "report", "sweep", "tune", "plan", "methods", "hparams")
 
 
 def main(argv: list[str] | None = None) -> int:

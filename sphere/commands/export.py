@@ -1,0 +1,67 @@
+"""Write the edited model of a run in a form that other programs load, and check it.
+
+    sphere export RUN --to hf OUT
+
+OUT is a new folder; nothing is written over. What was written is loaded again and compared with the edited model on 20
+prompts, and the largest difference is printed, before OUT gets its name. A model card (README.md) says what was edited,
+how, with which scores, and from which model.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sphere.commands.common import add_settings, make_parser
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = make_parser(__doc__, "sphere export")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, as `sphere edit` wrote it")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to be made")
+    parser.add_argument(
+        "--to", choices=("hf",), default="hf", help="hf: a folder of safetensors, for transformers and vLLM"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=int,
+        default=None,
+        metavar="N",
+        help="the weights after N edits; 0: the unedited model (default: the last)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default=None,
+        help="hf: float32, bfloat16 or float16 (default: as the model was edited)",
+    )
+    parser.add_argument("--shard_size", default="5GB", metavar="SIZE", help="hf: the largest size of a file")
+    add_settings(
+        parser,
+        ("model_name", "device", "device_map"),
+        model_name={
+            "default": None,
+            "help": "the unedited model, where it is no longer where the run found it",
+        },
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, export, print."""
+    args = parser().parse_args(argv)
+    from sphere.export import ExportOptions, export_run
+
+    export = export_run(
+        args.run,
+        args.to,
+        args.out,
+        ExportOptions(dtype=args.dtype, shard_size=args.shard_size),
+        checkpoint=args.checkpoint,
+        model_name=args.model_name,
+        device=args.device,
+        device_map=args.device_map,
+    )
+    print("\n".join([*export.made, *export.comparison.lines()]))
+    print(f"\n{args.to}, after {export.n_edits} edits: {export.folder}")
+    return 0
