@@ -74,8 +74,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o777 & ~umask)  # mkdtemp makes folders private
+        temporary.chmod(0o777 & ~umask)  # mkdtemp makes folders private, and some writers their files
         for written in sorted(temporary.rglob("*")):
+            written.chmod((0o777 if written.is_dir() else 0o666) & ~umask)
             _sync(written)
         _check_new(path)
         os.rename(temporary, path)

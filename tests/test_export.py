@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_gpt2
+from conftest import GPT2_MODULES, tiny_gpt2
 from tiny_run import TinyRun, command, records
 from transformers import (
     AutoModelForCausalLM,
@@ -153,6 +155,86 @@ def test_the_command_prints_the_largest_difference(
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+# ---- adapters ----
+
+
+def with_peft(base: Path, adapter: Path) -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+
+
+def test_an_exact_adapter_is_the_edited_model_in_peft(world: TinyRun, run: Path, tmp_path: Path) -> None:
+    export = export_run(run, "peft", tmp_path / "out", checkpoint=4)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 4  # one for each edit
+    assert config["target_modules"] == [f"model.layers.{i}.mlp.down_proj" for i in (1, 2)]
+    assert "exact" in export.made[1]
+    assert export.comparison.difference <= 1e-4
+    adapted = with_peft(world.model, tmp_path / "out")
+    assert_equal(adapted, edited_model(world, run, 4), world.model, 1e-4)
+    merged = adapted.merge_and_unload()
+    assert_equal(merged, edited_model(world, run, 4), world.model, 1e-4)
+
+
+def test_an_adapter_of_smaller_rank_is_the_best_and_says_its_error(
+    world: TinyRun, run: Path, tmp_path: Path
+) -> None:
+    export = export_run(run, "peft", tmp_path / "out", ExportOptions(rank=2))
+    before, after = (read_weights(run / f"edit_{n}.safetensors") for n in (0, 8))
+    adapted = with_peft(world.model, tmp_path / "out").merge_and_unload()
+    for name, original in before.items():
+        change = (after[name] - original).double()
+        singular = torch.linalg.svdvals(change)
+        best = float(singular[2:].norm())
+        left = adapted.get_parameter(name).double() - after[name].double()
+        assert float(left.norm()) == pytest.approx(best, rel=1e-3)
+        assert f"{100 * best / float(change.norm()):.2g} % ({name})" in export.made[1]
+    assert export.comparison.efficacy_edited is not None
+    assert export.comparison.efficacy_exported is not None
+
+
+def test_an_adapter_of_a_convolution_is_turned(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """GPT-2 keeps its weights as (in x out)."""
+    tiny = TinyRun(tmp_path / "world", tiny_tokenizer, n_records=2)
+    shutil.rmtree(tiny.model)
+    tiny_gpt2().save_pretrained(tiny.model)
+    tiny_tokenizer.save_pretrained(tiny.model)
+    tiny.write_hparams("MEMIT", **GPT2_MODULES)
+    execute(tiny.config(alg_name="MEMIT"))
+    folder = folder_of(tiny.config(alg_name="MEMIT"))
+    export_run(folder, "peft", tmp_path / "out")
+    assert_equal(with_peft(tiny.model, tmp_path / "out"), edited_model(tiny, folder, 2), tiny.model, 1e-4)
+
+
+def test_changes_that_are_not_of_low_rank_are_said_to_be_so(world: TinyRun, tmp_path: Path) -> None:
+    config = world.config("rect", alg_name="MEMIT_rect", dataset_size_limit=2)
+    execute(config)
+    with pytest.raises(
+        SphereError, match=r"not of low rank.*adapter of rank 64 is off by .*give a rank"
+    ) as caught:
+        export_run(folder_of(config), "peft", tmp_path / "out")
+    assert caught.value.arguments == ("rank",)
+    export = export_run(folder_of(config), "peft", tmp_path / "out", ExportOptions(rank=4))
+    assert "not of low rank in 2 of 2 weights" in export.made[2]
+
+
+def test_an_adapter_of_a_bfloat16_run_holds_the_change_and_not_the_rounding(
+    world: TinyRun, tmp_path: Path
+) -> None:
+    """What a bfloat16 file has lost to rounding has full rank; the edits' change has not."""
+    config = world.config("half", dtype="bfloat16", dataset_size_limit=4)
+    execute(config)
+    folder = folder_of(config)
+    export_run(folder, "peft", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 4
+    adapted = with_peft(world.model, tmp_path / "out").merge_and_unload()
+    for name, weight in read_weights(folder / "edit_4.safetensors").items():
+        off = (adapted.get_parameter(name) - weight.float()).norm() / weight.float().norm()
+        assert off < 4e-3  # half of bfloat16's eps
+
+
 # ---- what goes wrong leaves nothing ----
 
 
@@ -219,12 +301,14 @@ def test_another_base_model_is_refused(
     "form, options, checkpoint, said",
     [
         ("hf", {"dtype": "int3"}, None, "Unknown dtype 'int3'"),
+        ("peft", {}, 0, "An adapter of no edits changes nothing"),
+        ("peft", {"rank": 0}, None, "at least 1, got 0"),
         ("onnx", {}, None, "Unknown form 'onnx'"),
         ("hf", {}, 3, "no checkpoint after 3 edits: choose one of 0, 2, 4, 6, 8"),
     ],
 )
 def test_bad_requests_are_one_sentence(
-    form: str, options: dict[str, str], checkpoint: int | None, said: str, run: Path, tmp_path: Path
+    form: str, options: dict[str, Any], checkpoint: int | None, said: str, run: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SphereError, match=said):
         export_run(run, form, tmp_path / "out", ExportOptions(**options), checkpoint=checkpoint)

@@ -1,6 +1,7 @@
 """Write the edited model of a run in a form that other programs load, and check it.
 
-    sphere export RUN --to hf OUT
+    sphere export RUN --to hf OUT      a folder for transformers and vLLM
+    sphere export RUN --to peft OUT    a LoRA adapter
 
 OUT is a new folder; nothing is written over. What was written is loaded again and compared with the edited model on 20
 prompts, and the largest difference is printed, before OUT gets its name. A model card (README.md) says what was edited,
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sphere.commands.common import add_settings, make_parser
+from sphere.commands.common import add_settings, make_parser, positive_int
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,7 +22,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, as `sphere edit` wrote it")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to be made")
     parser.add_argument(
-        "--to", choices=("hf",), default="hf", help="hf: a folder of safetensors, for transformers and vLLM"
+        "--to",
+        choices=("hf", "peft"),
+        default="hf",
+        help="hf: a folder of safetensors, for transformers and vLLM; peft: a LoRA adapter, for peft and vLLM",
     )
     parser.add_argument(
         "--checkpoint",
@@ -33,9 +37,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         default=None,
-        help="hf: float32, bfloat16 or float16 (default: as the model was edited)",
+        help="float32, bfloat16 or float16 (default: as the model was edited; float32 for adapters)",
     )
     parser.add_argument("--shard_size", default="5GB", metavar="SIZE", help="hf: the largest size of a file")
+    parser.add_argument(
+        "--rank",
+        type=positive_int,
+        default=None,
+        help="peft: the best adapter of this rank (default: the edits' own rank, which is exact)",
+    )
     add_settings(
         parser,
         ("model_name", "device", "device_map"),
@@ -56,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         args.run,
         args.to,
         args.out,
-        ExportOptions(dtype=args.dtype, shard_size=args.shard_size),
+        ExportOptions(dtype=args.dtype, shard_size=args.shard_size, rank=args.rank),
         checkpoint=args.checkpoint,
         model_name=args.model_name,
         device=args.device,

@@ -37,7 +37,7 @@ def card(run: EditedRun, form: str, made: Sequence[str], checked: Sequence[str],
     sections = [
         _front_matter(run),
         f"# {label}, edited" if run.n_edits else f"# {label}",
-        "\n\n".join([f"{form} {_what(run)}", *made]),
+        "\n\n".join([f"{_what(run)}, as {form}.", *made]),
         f"## Use\n\n```python\n{usage}\n```",
         "## Compared with the edited model\n\n" + "\n\n".join([*checked, *run.notes]),
     ]
@@ -72,10 +72,10 @@ def _front_matter(run: EditedRun) -> str:
 def _what(run: EditedRun) -> str:
     label = model_label(run.model_name)
     if not run.n_edits:
-        return f"of {label}, unedited."
+        return f"{label}, unedited"
     data = run.config.get("facts") or run.config.get("ds_name")
     source = f" from {Path(str(data)).name}" if data else ""
-    return f"of {label} after {run.n_edits} edits{source}."
+    return f"{label} after {run.n_edits} edits{source}"
 
 
 def _how(run: EditedRun) -> str:

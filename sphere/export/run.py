@@ -17,11 +17,13 @@ from sphere.export.card import card
 from sphere.export.checks import Comparison, check_same, questions_of
 from sphere.export.edited import EditedRun, load_edited
 from sphere.export.hf import SHARD_SIZE, HuggingFaceFolder
+from sphere.export.peft import PeftAdapter
 from sphere.files import atomic_folder
 
 log = logging.getLogger(__name__)
 
-FORMS = ("hf",)
+FORMS = ("hf", "peft")
+TITLES = {"hf": "a whole model", "peft": "a LoRA adapter"}
 CARD_NAME = "README.md"
 
 
@@ -30,12 +32,14 @@ class ExportOptions:
     """What is asked of an export beside its form.
 
     Attributes:
-        dtype: of the weights that hf writes; None: as the model was edited.
+        dtype: of the weights that are written; None: as the model was edited, and float32 for adapters.
         shard_size: the largest size of one of hf's files.
+        rank: of an adapter; None: the edits' own, which is exact.
     """
 
     dtype: str | None = None
     shard_size: str = SHARD_SIZE
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def export_run(
         check_same(written, exported, model.dtype, f"The {form} export")
         comparison = questions.compare(edited, exported)
         usage = writer.usage(run, str(out))
-        text = card(run, form, made, comparison.lines(), usage)
+        text = card(run, TITLES[form], made, comparison.lines(), usage)
         (temporary / CARD_NAME).write_text(text, "utf-8")
     return Export(out, run.n_edits, made, comparison)
 
@@ -114,4 +118,6 @@ def export_run(
 def _form(name: str, options: ExportOptions) -> Form:
     if name == "hf":
         return HuggingFaceFolder(options.dtype, options.shard_size)
+    if name == "peft":
+        return PeftAdapter(options.rank, options.dtype)
     raise SphereError(f"Unknown form '{name}': use one of {', '.join(FORMS)}.", argument="to")
