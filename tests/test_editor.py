@@ -20,7 +20,7 @@ from sphere.forward.passes import PassOptions
 from sphere.methods import Method
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.methods.sequential_solve import SequentialSolve
-from sphere.runs.config import RunConfig, alpha_of, settings
+from sphere.runs.config import RunConfig, alpha_of, beta_hse_of, settings
 from sphere.weights import EditedWeights
 
 CPU = torch.device("cpu")
@@ -327,7 +327,7 @@ def test_alpha_is_the_method_s_own_unless_given(method: str, tiny_tokenizer: Pre
     found = Editor(tiny_llama(), tiny_tokenizer, method, hparams)
     assert found.alpha == (0.5 if method == "AlphaEdit" else 0.8)
     config = RunConfig(alg_name=method)
-    assert found.rules == get_method(method).rules(hparams, config.beta_hse, alpha_of(config))
+    assert found.rules == get_method(method).rules(hparams, beta_hse_of(config), alpha_of(config))
     assert Editor(tiny_llama(), tiny_tokenizer, method, hparams, alpha=0.3).alpha == 0.3
 
 
@@ -337,7 +337,9 @@ def test_an_editor_s_defaults_are_those_of_a_run() -> None:
         name for name in settings() if name in given and name != "cache_dir"
     ]  # kept with use_cache only
     assert {"beta_hse", "alpha", "seed", "on_breakdown", "stats_dir"} <= set(shared)
-    assert {name: given[name].default for name in shared} == {n: settings()[n].default for n in shared}
+    own = {name: settings()[name].default for name in shared}
+    own["beta_hse"] = beta_hse_of(RunConfig())  # None there: what the hyperparameter file says, else the paper's
+    assert {name: given[name].default for name in shared} == own
 
 
 # ---- two editors on one model ----

@@ -23,6 +23,7 @@ from sphere.checkpoints import read_resume, write_resume
 from sphere.errors import SphereError
 from sphere.fingerprint import tensor_digest
 from sphere.methods import sequential_solve
+from sphere.runs.config import beta_hse_of
 from sphere.runs.run import RunConfig, execute
 
 N_RECORDS, KILLS = 16, 10
@@ -37,7 +38,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTok
 
 def folder_of(config: RunConfig) -> Path:
     """Where a run lies."""
-    name = f"starter_weight_data_batch_{config.num_edits}_{config.beta_hse:g}_0.5"
+    name = f"starter_weight_data_batch_{config.num_edits}_{beta_hse_of(config):g}_0.5"
     return Path(config.output_dir) / config.alg_name / LABEL / name
 
 
