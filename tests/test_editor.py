@@ -338,7 +338,7 @@ def test_an_editor_s_defaults_are_those_of_a_run() -> None:
     ]  # kept with use_cache only
     assert {"beta_hse", "alpha", "seed", "on_breakdown", "stats_dir"} <= set(shared)
     own = {name: settings()[name].default for name in shared}
-    own["beta_hse"] = beta_hse_of(RunConfig())  # None there: what the hyperparameter file says, else the paper's
+    own["beta_hse"] = beta_hse_of(RunConfig())  # None: what the hyperparameter file says, else the paper's
     assert {name: given[name].default for name in shared} == own
 
 
