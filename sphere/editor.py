@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sphere.answers import EDITED, UNEDITED, Asked, AskOptions, Question, ask_states, questions_of
 from sphere.distributed import Processes
 from sphere.errors import SphereError
 from sphere.forward.passes import PassOptions
 from sphere.hparams import ModuleHParams
 from sphere.methods import EditedModel, Method, Services, get_method
 from sphere.methods.delivery import check_delivery
+from sphere.random_state import random_state, set_random_state
 from sphere.requests import EditRequest, check_batch
 from sphere.rules import REVIVE_TAU, Metrics, RuleSet, apply_rules, rule_chain
 from sphere.values.chat_template import user_turn
@@ -297,6 +299,19 @@ class Editor:
             self.weights.restore(self._conditioned()[0])
             return self.weights.stored()
 
+    def ask(
+        self,
+        prompts: str | Sequence[str | Question],
+        targets: Sequence[str] = (),
+        options: AskOptions | None = None,
+    ) -> list[Asked]:
+        """What the unedited and the edited model say to prompts, side by side; see `sphere.answers.ask_states`."""
+        states = {UNEDITED: self.original, EDITED: self.final_weights()}
+        asked, own, passes = questions_of(prompts, targets), self.edited, self.services.passes
+        return ask_states(
+            own.model, own.tokenizer, self.weights, states, asked, options, own.user_turn, passes
+        )
+
     def revert(self) -> None:
         """Put the original weights back, bit for bit, and forget all edits.
 
@@ -350,7 +365,7 @@ class Editor:
         """
         self._check_untouched()
         tensors = {f"{_WEIGHT}{name}": weight for name, weight in self.weights.snapshot("cpu").items()}
-        tensors |= {f"{_RNG}{device}": state for device, state in _random_state().items()}
+        tensors |= {f"{_RNG}{device}": state for device, state in random_state().items()}
         return tensors, self.method.state(), {"n_edits": self.n_edits}
 
     def load_state(
@@ -367,28 +382,12 @@ class Editor:
         self.weights.restore(
             {k.removeprefix(_WEIGHT): v for k, v in tensors.items() if k.startswith(_WEIGHT)}
         )
-        _set_random_state({k.removeprefix(_RNG): v for k, v in tensors.items() if k.startswith(_RNG)})
+        set_random_state({k.removeprefix(_RNG): v for k, v in tensors.items() if k.startswith(_RNG)})
         self.n_edits = int(state["n_edits"])
 
 
 # Editors alive, by the model that they edit; forgotten with either.
 _EDITORS: WeakKeyDictionary[nn.Module, WeakSet[Editor]] = WeakKeyDictionary()
-
-
-def _random_state() -> dict[str, Tensor]:
-    """State of PyTorch's generators, by device: nothing else is drawn from."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states |= {f"cuda:{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())}
-    return states
-
-
-def _set_random_state(states: Mapping[str, Tensor]) -> None:
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available() and torch.device(device).index < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, device)
 
 
 def _mean(metrics: Sequence[Metrics]) -> dict[str, Any]:

@@ -5,6 +5,8 @@
     sphere score      score the checkpoints of a run, or run the downstream tasks on them
     sphere export     write the edited model of a run in a form that other programs load
     sphere report     compare runs in figures and one HTML page
+    sphere ask        what the unedited and the edited model say to a prompt, side by side
+    sphere compare    the same of several runs
     sphere sweep      run and score many configurations, into one table
     sphere tune       find layers and hyperparameters for a model
     sphere plan       what a run will take in memory and time, loading no weights
@@ -21,7 +23,20 @@ import sys
 
 from sphere.commands.common import Parser, run_cli
 
-COMMANDS = ("check", "edit", "score", "export", "report", "sweep", "tune", "plan", "methods", "hparams")
+COMMANDS = (
+    "check",
+    "edit",
+    "score",
+    "export",
+    "report",
+    "ask",
+    "compare",
+    "sweep",
+    "tune",
+    "plan",
+    "methods",
+    "hparams",
+)
 
 
 def main(argv: list[str] | None = None) -> int:

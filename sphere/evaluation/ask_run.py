@@ -1,0 +1,271 @@
+"""Asking a run, or a model that was exported: what is said before and after its edits.
+
+A run's model is loaded once and put into its states. A model of its own (a folder that transformers loads, a .gguf
+file) is asked beside the one that it was made from, where that is named. Knows checkpoints, models and prompt files;
+asking itself is `sphere.answers`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from sphere.answers import (
+    EDITED,
+    UNEDITED,
+    Answer,
+    Asked,
+    AskOptions,
+    Question,
+    answers,
+    ask_states,
+    side_by_side,
+)
+from sphere.checkpoints import CONFIG_NAME, USER_TURN, Checkpoint, list_checkpoints, read_config, read_weights
+from sphere.data.facts import read_facts
+from sphere.data.tables import FORMS
+from sphere.errors import SphereError
+from sphere.evaluation.states import RunStates
+from sphere.models import load_model
+from sphere.values.chat_template import user_turn
+from sphere.weights import EditedWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How models are loaded.
+
+    Attributes:
+        model_name: the unedited model, where it is another one than the run or the export names.
+        dtype: "auto": that of the run.
+        chat_template: put prompts into the user's turn; a run that was edited so is asked so anyway.
+    """
+
+    model_name: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    device_map: str | None = None
+    chat_template: bool = False
+
+
+@dataclass
+class _Voice:
+    """A model, and how it is asked."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    turn: str
+
+    def answers(self, questions: Sequence[Question], options: AskOptions | None) -> list[Answer]:
+        return answers(self.model, self.tokenizer, questions, options, self.turn)
+
+
+@dataclass
+class EditedSource:
+    """Whatever can be asked before and after its edits.
+
+    Attributes:
+        states: label -> weights, of a run's model; empty where the states are models of their own.
+        others: label -> model of its own.
+    """
+
+    voice: _Voice
+    weights: EditedWeights | None = None
+    states: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    others: dict[str, _Voice] = field(default_factory=dict)
+
+    def ask(self, questions: Sequence[Question], options: AskOptions | None = None) -> list[Asked]:
+        """The answers of each state to each question.
+
+        Raises:
+            SphereError: a prompt that is longer than the model's positions.
+        """
+        if self.weights is not None:
+            voice = self.voice
+            return ask_states(
+                voice.model, voice.tokenizer, self.weights, self.states, questions, options, voice.turn
+            )
+        found = {label: voice.answers(questions, options) for label, voice in self.others.items()}
+        return side_by_side(questions, found)
+
+
+def open_source(path: str | Path, options: ModelOptions, checkpoint: int | None = None) -> EditedSource:
+    """A run's folder, an exported folder or a .gguf file, ready to be asked.
+
+    Args:
+        checkpoint: number of edits of the run's state; None: the last one.
+
+    Raises:
+        SphereError: nothing of the kind at `path`, no such checkpoint, or another model than the run's.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf" or (path / "config.json").exists():
+        if checkpoint is not None:
+            raise SphereError(
+                f"{path} is a model and has no checkpoints: leave checkpoint out.", argument="checkpoint"
+            )
+        return _exported(path, options)
+    return RunSources(options).open(path, checkpoint)
+
+
+class RunSources:
+    """Opens runs one after the other; the model that several of them share is loaded once."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        self.options = options
+        self._loaded: tuple[tuple[str, str], Any, PreTrainedTokenizerBase] | None = None
+
+    def open(
+        self, folder: str | Path, checkpoint: int | None = None, label: str | None = None
+    ) -> EditedSource:
+        """A run, ready to be asked; see `open_source`.
+
+        Args:
+            label: what the edited state is called; None: "edited".
+        """
+        folder = Path(folder)
+        chosen, config = _chosen(folder, checkpoint), read_config(folder)
+        model, tokenizer = self._load(folder, config)
+        RunStates(model, tokenizer, folder)  # refuses another model
+        saved = read_weights(chosen.path)
+        weights = EditedWeights(model, list(saved))
+        states: dict[str, Mapping[str, Tensor]] = {
+            UNEDITED: weights.snapshot("cpu"),
+            label or EDITED: saved,
+        }
+        turn = config.get(USER_TURN) or user_turn(tokenizer, self.options.chat_template)
+        return EditedSource(_Voice(model, tokenizer, turn), weights, states)
+
+    def _load(self, folder: Path, config: Mapping[str, Any]) -> tuple[Any, PreTrainedTokenizerBase]:
+        name = self.options.model_name or config.get("model_name")
+        if not name:
+            raise SphereError(
+                f"No {CONFIG_NAME} in {folder} names the model that was edited: name it.",
+                argument="model_name",
+            )
+        dtype = self.options.dtype
+        if dtype == "auto":
+            dtype = str(config.get("model_dtype", "auto")).removeprefix("torch.")
+        key = (str(name), dtype)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None  # before the next one comes
+            model, tokenizer = load_model(str(name), self.options.device, dtype, self.options.device_map)
+            self._loaded = key, model, tokenizer
+        return self._loaded[1:]
+
+
+def _chosen(folder: Path, n_edits: int | None) -> Checkpoint:
+    """The checkpoint with so many edits; by default the last one."""
+    checkpoints = list_checkpoints(folder)
+    for one in checkpoints:
+        if one.n_edits == n_edits or (n_edits is None and one is checkpoints[-1]):
+            return one
+    known = ", ".join(str(one.n_edits) for one in checkpoints)
+    raise SphereError(
+        f"{folder} has no checkpoint after {n_edits} edits, but after {known}.", argument="checkpoint"
+    )
+
+
+def _exported(path: Path, options: ModelOptions) -> EditedSource:
+    """A model of its own, beside the one that it was made from."""
+    model, tokenizer = load_model(str(path), options.device, options.dtype, options.device_map)
+    turn = user_turn(tokenizer, options.chat_template)
+    edited = _Voice(model, tokenizer, turn)
+    base = options.model_name or _base_model(path)
+    if base is None:
+        return EditedSource(edited, others={EDITED: edited})
+    dtype = str(model.dtype).removeprefix("torch.")
+    unedited, own = load_model(base, options.device, dtype, options.device_map)
+    return EditedSource(edited, others={UNEDITED: _Voice(unedited, own, turn), EDITED: edited})
+
+
+def _base_model(path: Path) -> str | None:
+    """The model that a folder's model card says it was made from."""
+    card = path / "README.md"
+    if not card.is_file():
+        return None
+    base = ModelCard.load(card).data.base_model
+    return (base[0] if base else None) if isinstance(base, list) else base
+
+
+def compare_runs(
+    folders: Sequence[str | Path],
+    questions: Sequence[Question],
+    options: ModelOptions,
+    asking: AskOptions | None = None,
+) -> list[Asked]:
+    """The answers of several runs' last states, and of the model or models that they began with.
+
+    Returns:
+        By prompt: label -> answer. A run's label is what tells its path from the others'; the unedited model has one
+        column where all runs began with it, else one for each run.
+
+    Raises:
+        SphereError: fewer than two runs, or one of them cannot be asked.
+    """
+    if len(folders) < 2:
+        raise SphereError("Comparing takes at least two runs: give their folders.", argument="runs")
+    for folder in folders:
+        list_checkpoints(folder)  # a wrong folder is reported before anything is loaded
+    labels, sources = short_labels(folders), RunSources(options)
+    models = [
+        (options.model_name or config.get("model_name"), config.get("model"))
+        for config in map(read_config, folders)
+    ]
+    shared = all(model == models[0] for model in models)
+    found: dict[str, list[Answer]] = {}
+    for folder, label in zip(folders, labels, strict=True):
+        source = sources.open(folder, label=label)
+        unedited = UNEDITED if shared else f"{UNEDITED} {label}"
+        if unedited in found:
+            del source.states[UNEDITED]
+        for one in source.ask(questions, asking):
+            for state, answer in one.answers.items():
+                found.setdefault(unedited if state == UNEDITED else state, []).append(answer)
+    return side_by_side(questions, found)
+
+
+def short_labels(folders: Sequence[str | Path]) -> list[str]:
+    """Paths without the folders that all of them begin and end with."""
+    parts = [Path(folder).resolve().parts for folder in folders]
+    while min(map(len, parts)) > 1 and len({p[0] for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    while min(map(len, parts)) > 1 and len({p[-1] for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    labels = ["/".join(p) for p in parts]
+    return labels if len(set(labels)) == len(labels) else [str(folder) for folder in folders]
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Questions of a file: a table of facts (.csv, .tsv, .json, .jsonl), or a text with a prompt on each line.
+
+    A fact is asked with its prompt and, as targets, its new and its true answer.
+
+    Raises:
+        SphereError: no such file, none of UTF-8, no prompt in it, or a row that is no fact.
+    """
+    path = Path(path)
+    if path.suffix.lower() in FORMS:
+        facts = read_facts(path)
+        if facts.bad:
+            raise SphereError(
+                f"Row {facts.bad[0].number} of {path} is no fact: {facts.bad[0].reason}", argument="prompts"
+            )
+        return [
+            Question(r.text, tuple(filter(None, (r.target_new, r.target_true))))
+            for r in (record.request for record in facts.records)
+        ]
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SphereError(f"Cannot read the prompts {path}: {error}.", argument="prompts") from error
+    prompts = [Question(line) for line in lines if line.strip()]
+    if not prompts:
+        raise SphereError(f"{path} holds no prompts: write one on each line.", argument="prompts")
+    return prompts
