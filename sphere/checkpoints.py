@@ -59,15 +59,42 @@ def run_folder(
 
 
 def write_checkpoint(
-    folder: str | Path, n_edits: int, weights: Mapping[str, Tensor], name: str | None = None
+    folder: str | Path,
+    n_edits: int,
+    weights: Mapping[str, Tensor],
+    name: str | None = None,
+    undone: Collection[int] = (),
 ) -> Path:
-    """Save weights (in the model's own orientation) as `edit_<n_edits>.safetensors` (or `name`), atomically."""
+    """Save weights (in the model's own orientation) as `edit_<n_edits>.safetensors` (or `name`), atomically.
+
+    Args:
+        undone: case_ids of the edits that are not in these weights any more.
+    """
     path = Path(folder) / (name or f"edit_{n_edits}.safetensors")
+    # One entry: several would be written in any order, and equal runs should be equal files.
+    metadata = {"n_edits": str(n_edits)}
+    if undone:
+        metadata = {"state": json.dumps({"n_edits": n_edits, "undone": sorted(undone)})}
     with atomic_path(path) as temporary:
-        save_file(
-            {k: v.contiguous() for k, v in weights.items()}, temporary, metadata={"n_edits": str(n_edits)}
-        )
+        save_file({k: v.contiguous() for k, v in weights.items()}, temporary, metadata=metadata)
     return path
+
+
+def undone_in(path: str | Path) -> frozenset[int]:
+    """The case_ids of the edits that a checkpoint is without, since they were undone.
+
+    Raises:
+        SphereError: the file is damaged.
+    """
+    if Path(path).suffix != ".safetensors":  # a published one
+        return frozenset()
+    try:
+        with safe_open(path, framework="pt") as file:
+            return frozenset(json.loads((file.metadata() or {}).get("state", "{}")).get("undone", ()))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise SphereError(
+            f"Cannot read the checkpoint {path} ({error}): write it again or remove it."
+        ) from error
 
 
 def list_checkpoints(folder: str | Path) -> list[Checkpoint]:
@@ -261,6 +288,24 @@ def read_resume(folder: str | Path) -> tuple[dict[str, Tensor], dict[str, Tensor
             f"The resume point {path} is damaged ({error}): overwrite the run.", argument="overwrite"
         ) from error
     return tensors, append_only, content["state"]
+
+
+def resume_state(folder: str | Path) -> dict[str, Any]:
+    """The small part of a run's resume point ("n_edits", ...), without its tensors; {} where it has none.
+
+    Raises:
+        SphereError: the file is damaged.
+    """
+    path = Path(folder) / RESUME_NAME
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(json.loads(file.metadata()["resume"])["state"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise SphereError(
+            f"The resume point {path} is damaged ({error}): overwrite the run.", argument="overwrite"
+        ) from error
 
 
 def _resume_parts(folder: Path) -> dict[str, list[str]]:

@@ -22,13 +22,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sphere.answers import EDITED, UNEDITED, Asked, AskOptions, Question, ask_states, questions_of
 from sphere.distributed import Processes
 from sphere.errors import SphereError
+from sphere.factors import BatchUpdates
 from sphere.forward.passes import PassOptions
 from sphere.hparams import ModuleHParams
 from sphere.methods import EditedModel, Method, Services, get_method
+from sphere.methods.chosen_rules import chosen_rules
 from sphere.methods.delivery import check_delivery
 from sphere.random_state import random_state, set_random_state
+from sphere.ready_rules import ReadyRules
 from sphere.requests import EditRequest, check_batch
-from sphere.rules import REVIVE_TAU, Metrics, RuleSet, apply_rules, rule_chain
+from sphere.rules import REVIVE_TAU, Applied, Metrics, apply_rules
 from sphere.values.chat_template import user_turn
 
 log = logging.getLogger(__name__)
@@ -136,14 +139,16 @@ class Editor:
             )
         kind = get_method(method) if isinstance(method, str) else method
         self.alpha = kind.default_alpha if alpha is None else alpha
-        names = (hparams.rules or None) if rules is None else rules
-        own = kind.rules(hparams, beta_hse, self.alpha)
-        if names is not None:
-            own = rule_chain(
-                names, hparams, beta_hse=beta_hse, alpha=self.alpha, revive_tau=revive_tau, seed=seed
-            )
-        self.rules = own.with_directions(directions)
-        self._ready: dict[str, RuleSet] = {}  # weight name -> the rules, ready for it
+        self.rules = chosen_rules(
+            kind,
+            hparams,
+            rules=rules,
+            beta_hse=beta_hse,
+            alpha=self.alpha,
+            directions=directions,
+            revive_tau=revive_tau,
+            seed=seed,
+        )
         self.edited = EditedModel(model, tokenizer, hparams, user_turn(tokenizer, chat_template))
         self.weights, self.n_edits = self.edited.weights, 0
         self._check_free()
@@ -163,8 +168,14 @@ class Editor:
         self.method = kind(self.edited, self.services, hparams)
         self.on_breakdown = on_breakdown
         self.original = self.weights.snapshot(self.services.offload_device)
+        self.ready_rules = ReadyRules(self.rules, self.weights, self.original)
 
-    def edit(self, requests: Sequence[EditRequest], measure: Measure | None = None) -> BatchReport:
+    def edit(
+        self,
+        requests: Sequence[EditRequest],
+        measure: Measure | None = None,
+        updates: BatchUpdates | None = None,
+    ) -> BatchReport:
         """Write one batch of requests into the model.
 
         Args:
@@ -186,9 +197,13 @@ class Editor:
         known = self.method.state().keys()
         noted: dict[str, list[Metrics]] = {}
         try:
-            self._continue_conditioned()
+            if self.n_edits:
+                self.ready_rules.continue_conditioned()
             for name, delta in self.method.updates(requests):
-                noted.setdefault(name, []).append(self._write(name, delta, requests, warnings))
+                written = self._write(name, delta, requests, warnings)
+                noted.setdefault(name, []).append(written.metrics)
+                if updates is not None:
+                    updates.add(name, written.delta, written.factors)
             self._agree()
             layers: dict[str, dict[str, Any]] = {name: _mean(metrics) for name, metrics in noted.items()}
             for name, metrics in layers.items():
@@ -221,7 +236,7 @@ class Editor:
         self, measure: Measure, layers: dict[str, dict[str, Any]], before: Mapping[str, Tensor]
     ) -> None:
         """Add measured metrics to those of each weight."""
-        conditioned, noted = self._conditioned() if self.rules.total else ({}, {})
+        conditioned, noted = self.ready_rules.conditioned() if self.rules.total else ({}, {})
         for name, metrics in layers.items():
             metrics.update(noted.get(name, {}))
             after = self.weights.get(name)
@@ -233,7 +248,7 @@ class Editor:
 
     def _write(
         self, name: str, delta: Tensor, requests: Sequence[EditRequest], warnings: list[str]
-    ) -> Metrics:
+    ) -> Applied:
         """Pass one update through the rules and add it to its weight; what is odd about it is added to `warnings`."""
         weight = self.weights.get(name)
         where = f"{name} in the batch of cases {requests[0].case_id} to {requests[-1].case_id}"
@@ -243,7 +258,9 @@ class Editor:
                 "use dtype float32.",
                 argument="dtype",
             )
-        delta, metrics = apply_rules(self._rules_of(name).each, delta.to(weight), weight)
+        rules, factors = self.ready_rules.of(name).each, self.method.factors()
+        applied = apply_rules(rules, delta.to(weight), weight, factors)
+        delta = applied.delta
         size, norm = float(delta.norm()), float(weight.norm())
         if not size <= LARGEST_RELATIVE_UPDATE * norm:
             what = f"The update of {where} has norm {size:.3g} against {norm:.3g} of the weight"
@@ -261,28 +278,7 @@ class Editor:
                 "written; use dtype bfloat16 or float32.",
                 argument="dtype",
             )
-        return {"weight_norm": norm, **metrics}
-
-    def _rules_of(self, name: str) -> RuleSet:
-        """The rules, ready for one weight: what they need of the unedited weight is found once."""
-        if name not in self._ready:
-            original = self.weights.canonical(name, self.original[name]).to(self.weights.get(name))
-            self._ready[name] = self.rules.for_weight(name, original)
-        return self._ready[name]
-
-    def _continue_conditioned(self) -> None:
-        if self.rules.total and self.rules.continue_conditioned and self.n_edits:
-            self.weights.restore(self._conditioned()[0])
-
-    def _conditioned(self) -> tuple[dict[str, Tensor], dict[str, Metrics]]:
-        """W_0 + conditioned (W - W_0), in the model's own orientation, and the rules' metrics by weight."""
-        result, noted = {}, {}
-        for name in self.weights.names:
-            now = self.weights.get(name)
-            original = self.weights.canonical(name, self.original[name]).to(now)
-            total, noted[name] = apply_rules(self._rules_of(name).total, now - original, original)
-            result[name] = self.weights.canonical(name, original + total).contiguous()  # turned back
-        return result, noted
+        return applied._replace(metrics={"weight_norm": norm, **applied.metrics})
 
     def final_weights(self) -> dict[str, Tensor]:
         """What is saved and scored: the weights under edit, conditioned where the method says so.
@@ -293,11 +289,7 @@ class Editor:
             SphereError: somebody else has changed the weights.
         """
         self._check_untouched()
-        if not self.rules.total or not self.n_edits:
-            return self.weights.stored()
-        with self.weights.temporarily():
-            self.weights.restore(self._conditioned()[0])
-            return self.weights.stored()
+        return self.ready_rules.final_weights() if self.n_edits else self.weights.stored()
 
     def ask(
         self,

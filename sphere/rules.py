@@ -11,12 +11,13 @@ import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from sphere.errors import SphereError
+from sphere.factors import Factors
 from sphere.hypersphere import principal_share
 from sphere.linalg import largest_singular_value, thin_svd
 from sphere.projection import PrincipalDirections, check_alpha, check_beta, principal_directions, suppress
@@ -29,6 +30,10 @@ class Rule(Protocol):
 
     A rule that refers to the unedited weight W_0 has a method `for_weight(name, original)`, which is called once for
     each edited weight, with W_0 (out x in), and returns the rule that is applied to its updates.
+
+    A rule that is linear in the update may have a method `factored(factors)`, which turns the factors of an update into
+    those of what `apply` makes of it, so that a fact can be taken out again; what it needs of the weight as it stands
+    is found once, in `at(weight)`, which returns the rule that is applied.
     """
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
@@ -77,6 +82,16 @@ class Sphere:
         if self.directions == "current":
             return self
         return replace(self, fixed=principal_directions(original, self.beta_hse))
+
+    def at(self, weight: Tensor) -> Sphere:
+        """The same rule with the directions that an update of this weight (out x in) meets."""
+        return self if self.fixed else replace(self, fixed=principal_directions(weight, self.beta_hse))
+
+    def factored(self, factors: Factors) -> Factors:
+        """(L R^T) (I - alpha U U^T) = L (R - alpha U U^T R)^T."""
+        assert self.fixed is not None
+        right = suppress(factors.right.T, self.fixed.basis, self.alpha).T
+        return Factors(factors.left, right)
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
         directions = self.fixed or principal_directions(weight, self.beta_hse)
@@ -165,6 +180,14 @@ class Revive:
         kept = delta - u @ (u.T @ delta)  # out x in
         kept = kept - (kept @ v) @ v.T
         return kept, {"revive_rank": u.shape[1], "revive_kept_norm": _relative_norm(kept, delta)}
+
+    def factored(self, factors: Factors) -> Factors:
+        """(I - U U^T) L ((I - V V^T) R)^T."""
+        assert self.left is not None
+        assert self.right is not None
+        left, right = factors
+        u, v = self.left.to(left), self.right.to(right)
+        return Factors(left - u @ (u.T @ left), right - v @ (v.T @ right))
 
 
 @dataclass(frozen=True)
@@ -286,13 +309,27 @@ def rule_chain(
     return RuleSet(total=chain, continue_conditioned=conditioned)
 
 
-def apply_rules(rules: tuple[Rule, ...], delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
-    """Pass an update through rules, one after the other."""
+class Applied(NamedTuple):
+    """An update (out x in) behind a chain of rules, what the rules say, and its factors where it still has some."""
+
+    delta: Tensor
+    metrics: Metrics
+    factors: Factors | None = None
+
+
+def apply_rules(
+    rules: tuple[Rule, ...], delta: Tensor, weight: Tensor, factors: Factors | None = None
+) -> Applied:
+    """Pass an update through rules, one after the other; its factors go along through those that are linear."""
     metrics: Metrics = {}
     for rule in rules:
+        if found := getattr(rule, "at", None):
+            rule = found(weight)
         delta, noted = rule.apply(delta, weight)
         metrics |= noted
-    return delta, metrics
+        linear = getattr(rule, "factored", None)
+        factors = linear(factors) if linear and factors is not None else None
+    return Applied(delta, metrics, factors)
 
 
 def sphere_rules(beta_hse: float, alpha: float) -> tuple[Rule, ...]:

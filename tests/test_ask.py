@@ -1,4 +1,4 @@
-"""What the unedited and the edited model say, side by side: against plain passes of the model, and on the command line."""
+"""What the unedited and the edited model say, side by side: against plain passes, and on the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from sphere.answers import AskOptions, Question, answers, questions_of
 from sphere.checkpoints import read_weights
 from sphere.commands.main import main
 from sphere.errors import SphereError
-from sphere.evaluation.ask_run import ModelOptions, compare_runs, open_source, read_questions, short_labels
+from sphere.evaluation.ask_run import compare_runs, open_source, read_questions, short_labels
+from sphere.evaluation.run_model import ModelOptions
 from sphere.runs.run import execute
 
 PROMPT = "Abcde is in"

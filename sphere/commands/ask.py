@@ -23,7 +23,7 @@ from sphere.commands.common import MODEL_FLAGS, add_settings, make_parser, posit
 
 if TYPE_CHECKING:
     from sphere.answers import Asked, AskOptions, Question
-    from sphere.evaluation.ask_run import ModelOptions
+    from sphere.evaluation.run_model import ModelOptions
 
 
 def parser() -> argparse.ArgumentParser:
@@ -110,7 +110,7 @@ def asking_options(args: argparse.Namespace) -> AskOptions:
 
 def model_options(args: argparse.Namespace) -> ModelOptions:
     """How models are loaded, of the same flags."""
-    from sphere.evaluation.ask_run import ModelOptions
+    from sphere.evaluation.run_model import ModelOptions
 
     return ModelOptions(
         model_name=args.model_name,

@@ -7,6 +7,9 @@
     sphere report     compare runs in figures and one HTML page
     sphere ask        what the unedited and the edited model say to a prompt, side by side
     sphere compare    the same of several runs
+    sphere log        every edit of a run: fact, batch, time, loss
+    sphere undo       take edits out of a run's weights again, and measure what that does
+    sphere redo       put them back
     sphere sweep      run and score many configurations, into one table
     sphere tune       find layers and hyperparameters for a model
     sphere plan       what a run will take in memory and time, loading no weights
@@ -31,6 +34,9 @@ COMMANDS = (
     "report",
     "ask",
     "compare",
+    "log",
+    "undo",
+    "redo",
     "sweep",
     "tune",
     "plan",

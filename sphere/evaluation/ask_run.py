@@ -27,31 +27,15 @@ from sphere.answers import (
     ask_states,
     side_by_side,
 )
-from sphere.checkpoints import CONFIG_NAME, USER_TURN, Checkpoint, list_checkpoints, read_config, read_weights
+from sphere.checkpoints import USER_TURN, Checkpoint, list_checkpoints, read_config, read_weights
 from sphere.data.facts import read_facts
 from sphere.data.tables import FORMS
 from sphere.errors import SphereError
+from sphere.evaluation.run_model import ModelOptions, load_run_model, model_of
 from sphere.evaluation.states import RunStates
 from sphere.models import load_model
 from sphere.values.chat_template import user_turn
 from sphere.weights import EditedWeights
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """How models are loaded.
-
-    Attributes:
-        model_name: the unedited model, where it is another one than the run or the export names.
-        dtype: "auto": that of the run.
-        chat_template: put prompts into the user's turn; a run that was edited so is asked so anyway.
-    """
-
-    model_name: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    device_map: str | None = None
-    chat_template: bool = False
 
 
 @dataclass
@@ -143,20 +127,10 @@ class RunSources:
         return EditedSource(_Voice(model, tokenizer, turn), weights, states)
 
     def _load(self, folder: Path, config: Mapping[str, Any]) -> tuple[Any, PreTrainedTokenizerBase]:
-        name = self.options.model_name or config.get("model_name")
-        if not name:
-            raise SphereError(
-                f"No {CONFIG_NAME} in {folder} names the model that was edited: name it.",
-                argument="model_name",
-            )
-        dtype = self.options.dtype
-        if dtype == "auto":
-            dtype = str(config.get("model_dtype", "auto")).removeprefix("torch.")
-        key = (str(name), dtype)
+        key = model_of(folder, config, self.options)
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # before the next one comes
-            model, tokenizer = load_model(str(name), self.options.device, dtype, self.options.device_map)
-            self._loaded = key, model, tokenizer
+            self._loaded = key, *load_run_model(folder, config, self.options)
         return self._loaded[1:]
 
 

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from sphere.checkpoints import USER_TURN, list_checkpoints, read_config
+from sphere.checkpoints import USER_TURN, list_checkpoints, read_config, undone_in
 from sphere.data.records import Record
 from sphere.distributed import Processes
 from sphere.errors import SphereError
@@ -159,10 +159,21 @@ def _summary(
         "generation_interval": generator.interval,
         "exact_match_facts": greedy.count,
         "units": UNITS,
-        "notes": ({"model": states.note} if states.note else {}) | generator.notes | greedy.notes,
+        "notes": ({"model": states.note} if states.note else {})
+        | generator.notes
+        | greedy.notes
+        | _undone(states),
         "run": {key: value for key, value in config.items() if key != "case_ids"},
         "checkpoints": rows,
     }
+
+
+def _undone(states: RunStates) -> dict[str, str]:
+    """A note on edits that a checkpoint is without, though they count in its scores."""
+    last = states.checkpoints[-1]
+    undone = len(undone_in(last.path))
+    note = f"{undone} of {last.n_edits} edits are undone in {last.path.name}; they count in its scores."
+    return {"undone": note} if undone else {}
 
 
 def edited_records(

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from sphere.errors import SphereError
+from sphere.factors import Factors
 from sphere.forward.device_memory import has_room
 from sphere.hparams import HParams
 from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
@@ -92,5 +93,6 @@ class AlphaEdit(LayerwiseMethod):
                 targets, activations.outputs(max(layers)), len(layers) - index
             )  # R: out x n
             x = self.solve(layer, keys)  # in x n
-            yield Solved(layer, module_residual(bare, layer, residual).to(x) @ x.T, residual)
+            r = module_residual(bare, layer, residual).to(x)  # out x n
+            yield Solved(layer, r @ x.T, residual, Factors(r, x))
             self.remember(layer, keys)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from sphere.factors import Factors
 from sphere.hparams import ModuleHParams
 from sphere.methods.delivery import Delivery
 from sphere.methods.edited_model import EditedModel
@@ -77,6 +78,14 @@ class Method(ABC):
         Those of `sphere.methods.delivery`; nothing for a method without target values.
         """
         return {}
+
+    def factors(self) -> Factors | None:
+        """L (out x n) and R (in x n) of the update that was yielded last, Delta = L R^T; asked for before the next one.
+
+        A column for each request of the batch, in their order, over all updates of a weight; None, for a method whose
+        updates are no sums over facts.
+        """
+        return None
 
     def state(self) -> dict[str, Tensor]:
         """What the method carries from batch to batch, for a resume point; asked for between batches only.

@@ -79,11 +79,12 @@ class FT(Method):
             range(h.num_steps), desc=self.name, unit="step", leave=False, disable=not self.services.progress
         )
         for _ in bar:
-            total = 0.0
+            total, noted = 0.0, list[float]()
             for chunk in chunks:
                 stored = {name: edited.weights.canonical(name, weight) for name, weight in now.items()}
                 losses = chunk.nll(stored)  # rows
                 total += float(losses.detach().sum())
+                noted += losses.detach().tolist()
                 if losses.detach().mean() < h.loss_tolerance:
                     continue
                 adam.zero_grad()
@@ -95,6 +96,7 @@ class FT(Method):
             if not mean >= h.loss_tolerance:
                 break
         bar.close()
+        self.services.losses |= zip((r.case_id for r in requests), noted, strict=True)
         return {name: weight.detach() for name, weight in now.items()}
 
     @torch.no_grad()

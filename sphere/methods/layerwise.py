@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from sphere.factors import Factors
 from sphere.methods.base import TARGET_NUMBERS, Method, Update
 from sphere.methods.delivery import Delivery, delivery
 from sphere.methods.edited_model import EditedModel
@@ -22,11 +23,12 @@ from sphere.values.compute_ks import ActivationsPass
 
 
 class Solved(NamedTuple):
-    """A layer's update Delta (out x in), and the change R (d x n) of the outputs that it was asked for."""
+    """A layer's update Delta (out x in), the change R (d x n) of the outputs that it was asked for, Delta's factors."""
 
     layer: int
     delta: Tensor
     asked: Tensor
+    factors: Factors | None = None
 
 
 class LayerwiseMethod(Method):
@@ -38,6 +40,7 @@ class LayerwiseMethod(Method):
         super().__init__(edited, services, hparams)
         self.solves: dict[int, SequentialSolve] = {}
         self._delivered: dict[str, Delivery] = {}
+        self._factors: Factors | None = None  # of the update that was yielded last
 
     @abstractmethod
     def preconditioner(self, layer: int) -> tuple[Apply, float]:
@@ -67,15 +70,18 @@ class LayerwiseMethod(Method):
         eps = torch.finfo(bare.stack.model.dtype).eps
         self._delivered = {}
         first = now = bare.outputs(top)  # out x n
-        for layer, delta, asked in solved:
+        for layer, delta, asked, factors in solved:
             bare.advance(layer)
-            name = self.edited.weight_name(layer)
+            name, self._factors = self.edited.weight_name(layer), factors
             yield name, delta
             before, now = now, bare.outputs(top)
             self._delivered[name] = delivery(targets, first, before, now, asked, eps)
 
     def delivered(self) -> Mapping[str, Delivery]:
         return self._delivered
+
+    def factors(self) -> Factors | None:
+        return self._factors
 
     def remember(self, layer: int, keys: Tensor) -> None:
         """Count a batch's keys K (in x n) among a layer's earlier ones."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from sphere.factors import Factors
 from sphere.hparams import HParams
 from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
 from sphere.methods.layerwise import LayerwiseMethod, Solved
@@ -52,9 +53,11 @@ class MEMIT(LayerwiseMethod):
                     targets, activations.outputs(max(layers)), len(layers) - index
                 )  # R: out x n
                 x = self.solve(layer, keys)  # in x n
-                delta = module_residual(bare, layer, residual).to(x) @ x.T
+                r = module_residual(bare, layer, residual).to(x)  # out x n
+                delta = r @ x.T
                 weights.add_(self.edited.weight_name(layer), delta)
-                found.append(Solved(layer, delta.to(offload_device or delta.device), residual))
+                kept = delta.to(offload_device or delta.device)
+                found.append(Solved(layer, kept, residual, Factors(r, x)))
         return found
 
 

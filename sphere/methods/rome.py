@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
+from sphere.factors import Factors
 from sphere.hparams import HParams
 from sphere.methods.base import TARGET_NUMBERS, Method, Update
 from sphere.methods.delivery import DELIVERED, DISTANCE, Delivery, delivery
@@ -63,6 +64,7 @@ class ROME(Method):
         self.layer = hparams.layers[0]
         self.direction: Apply | None = None  # k -> u, up to its length
         self._delivered: list[Delivery] = []  # one for each fact of a batch
+        self._factors: Factors | None = None  # of the update that was yielded last
 
     def prepare(self) -> None:
         if self.direction is not None:
@@ -107,6 +109,9 @@ class ROME(Method):
             mean[key] = statistics.fmean(told) if told else None
         return {self.edited.weight_name(self.layer): mean}
 
+    def factors(self) -> Factors | None:
+        return self._factors
+
     def rank_one(self, request: EditRequest, k_mean: Tensor, k: Tensor, delta: Tensor) -> Tensor:
         """Delta (out x in), float64, which maps k (in x 1) to W k + delta (out x 1)."""
         assert self.direction is not None
@@ -118,6 +123,7 @@ class ROME(Method):
                 f"The key of case {request.case_id} is orthogonal to its update's direction u: set mom2_adjustment to "
                 "false, or use a larger mom2_n_samples."
             )
+        self._factors = Factors(delta.double() / product, u[:, None])
         return torch.outer(delta[:, 0].double(), u) / product
 
     def _optimise(self, request: EditRequest, m: Tensor, h0: Tensor) -> TargetValues:

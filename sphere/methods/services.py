@@ -60,6 +60,7 @@ class Services:
     given_templates: Sequence[Sequence[str]] | None = None
     progress: bool = True
     processes: Processes = field(default_factory=Processes)
+    losses: dict[int, float] = field(default_factory=dict, init=False)
     _told_of_changed: bool = field(default=False, init=False)
 
     # ---- context templates ----
@@ -126,6 +127,12 @@ class Services:
             raise SphereError(
                 f"{type(h).__name__} has no keys for target values: derive it from TargetHParams or HParams."
             )
+        found = self._shared_z(requests, h, progress)
+        self.losses |= zip((r.case_id for r in requests), found.losses.tolist(), strict=True)
+        return found
+
+    def _shared_z(self, requests: Sequence[EditRequest], h: TargetHParams, progress: bool) -> TargetValues:
+        """Those of all processes."""
         if self.processes.size == 1:
             return self._compute_z(requests, h, progress)
         parts = self.processes.shares(lambda own: _on_cpu(self._compute_z(own, h, progress)), requests)

@@ -147,6 +147,13 @@ class RunConfig:
         "output",
         "which weights to save besides edit_0: ends (first and last batch), all, or numbers of edits: 100,300",
     )
+    ledger: str = _setting(
+        "auto",
+        "output",
+        "which updates are kept so that edits can be undone: auto (factors; whole updates, which some rules need, "
+        "where those of a run take at most 1 GiB), all, or none",
+        choices=("auto", "all", "none"),
+    )
     log_energy_every: int = _setting(
         1,
         "output",
@@ -264,6 +271,11 @@ def settings() -> dict[str, Setting]:
             one.name, kind, NoneType in parts, one.default, old_names=old, **one.metadata
         )
     return found
+
+
+def config_in(stored: Mapping[str, Any]) -> RunConfig:
+    """The settings that a `run.json` holds."""
+    return RunConfig(**{name: value for name, value in by_new_names(stored).items() if name in settings()})
 
 
 def hparams_path(config: RunConfig) -> Path:

@@ -36,6 +36,7 @@ from sphere.checkpoints import (
 from sphere.errors import SphereError
 from sphere.files import LEFTOVER, is_leftover, remove_files, remove_leftovers, replace
 from sphere.lock import HOLDER_NAME, LOCK_NAME
+from sphere.runs.batches import batch_ends, parts_of
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ BESIDE = (JOB_NAME, LOCK_NAME, HOLDER_NAME)  # not the run's, and in nobody's wa
 RUN_FILE = re.compile(
     r"""
       run\.json | facts\.json | batches\.jsonl | edit_(\d+)\.safetensors | resume(?:_(\d+))?\.safetensors
+    | ledger/(?: (?:batch|edit)_(\d+)\.safetensors | history\.jsonl )
     | tensorboard/events\.out\.tfevents\.[^/]+
     | summary/(?: summary\.json | cases_edit_(\d+)\.jsonl | state_edit_(\d+)\.json )
     | rect_eval/summary\.json
@@ -173,7 +175,7 @@ def _ends(config: Mapping[str, Any]) -> set[int]:
     cases, size = config.get("case_ids"), config.get("num_edits")
     if "alg_name" not in config or not isinstance(cases, list) or not isinstance(size, int) or size < 1:
         return set()
-    return {*range(0, len(cases), size), len(cases)}
+    return {0, *batch_ends(len(cases), size, parts_of(config))}
 
 
 def _files(folder: Path) -> list[str]:

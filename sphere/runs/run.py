@@ -5,11 +5,11 @@ Knows files and the order of things; the editing itself is `sphere.editor`'s, sc
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from sphere.hparams import ModuleHParams, tuned_on
 from sphere.lock import locked
 from sphere.methods import get_method
 from sphere.models import load_model, model_label
+from sphere.runs.batches import batch_ends, cut, parts_of
 from sphere.runs.config import (
     RunConfig,
     alpha_of,
@@ -51,8 +52,11 @@ from sphere.runs.dtypes import USED, z_matmul_dtype_used
 from sphere.runs.facts_file import complete_facts, own_facts, records_of, write_facts
 from sphere.runs.folder import ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
 from sphere.runs.hparams import hparams_of, hparams_source
+from sphere.runs.ledger import Ledger
 from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
+from sphere.runs.replay import leave_out_undone
+from sphere.runs.sameness import check_prepared, check_same, decided
 from sphere.values.chat_template import user_turn
 
 log = logging.getLogger(__name__)
@@ -103,13 +107,9 @@ def execute(config: RunConfig, command: str | None = None) -> Run:
         facts = processes.on_main(lambda: own_facts(config))
         records = records_of(config, facts)
         _warn_of_tuning_set(config, records)
-        saved = saved_at(config.checkpoints, _ends(_batches(config, records)))
+        saved = saved_at(config.checkpoints, batch_ends(len(records), config.num_edits))
         with locked(folder_of(config), processes):
             return _execute(config, hparams, records, facts, saved, command, processes)
-
-
-def _batches(config: RunConfig, records: Sequence[Record]) -> list[Sequence[Record]]:
-    return [records[i : i + config.num_edits] for i in range(0, len(records), config.num_edits)]
 
 
 def _warn_of_tuning_set(config: RunConfig, records: Sequence[Record]) -> None:
@@ -146,7 +146,7 @@ def _execute(
             lambda: complete_facts(model, tokenizer, facts, folder if previous else None, config.passes, turn)
         )
     order = shuffled(records, config.seed) if config.shuffle else records
-    batches = _batches(config, order)
+    batches = cut(order, batch_ends(len(order), config.num_edits))
     log.info(
         "%s on %d records in %d batches of %d.", config.alg_name, len(records), len(batches), config.num_edits
     )
@@ -154,8 +154,8 @@ def _execute(
     templates = previous.get("templates")
     editor = editor_of(config, model, tokenizer, hparams, templates, processes, turn=turn, used=used)
     check_records(editor, order)
-    decided = _decided(config, hparams.to_dict(), order, editor)
-    _begin_or_continue(folder, decided, previous, editor, describe(config, command) | {USED: used})
+    decisive = decided(config, hparams.to_dict(), order, editor)
+    begin_or_continue(folder, decisive, previous, editor, describe(config, command) | {USED: used})
     if facts:
         processes.on_main(lambda: write_facts(folder, str(config.facts), facts, records, notes))
     monitor = monitor_of(editor, folder, config.log_energy_every)
@@ -164,7 +164,8 @@ def _execute(
         if config.tensorboard and processes.main
         else None
     )
-    reports = _edit(editor, batches, folder, saved, monitor, writer)
+    ledger = Ledger(folder, editor, config.ledger, len(batches))
+    reports = edit_batches(editor, batches, folder, saved, monitor, writer, ledger)
     return Run(folder, model, tokenizer, editor, order, reports, notes)
 
 
@@ -210,37 +211,9 @@ def editor_of(
     )
 
 
-def _decided(
-    config: RunConfig, hparams: dict[str, Any], records: Sequence[Record], editor: Editor
-) -> dict[str, Any]:
-    """What must stay the same when a run is continued."""
-    return {
-        "alg_name": config.alg_name,
-        "hparams": hparams,
-        "ds_name": config.ds_name,
-        "case_ids": [r.case_id for r in records],
-        "requests": hashlib.sha256(repr([r.request for r in records]).encode()).hexdigest(),
-        "num_edits": config.num_edits,
-        "beta_hse": beta_hse_of(config),
-        "alpha": alpha_of(config),
-        **_unusual(config),
-        "seed": config.seed,
-        "z_matmul_dtype": config.z_matmul_dtype,
-        **({USER_TURN: editor.edited.user_turn} if config.chat_template else {}),
-        "model": editor.edited.fingerprint.now(),
-        "model_dtype": str(editor.edited.model.dtype),
-    }
-
-
-def _unusual(config: RunConfig) -> dict[str, Any]:
-    """Rules that are not the published ones, and another order than the file's; earlier versions had neither."""
-    keys = ("rules", "directions", "revive_tau", "shuffle")
-    return {key: getattr(config, key) for key in keys if getattr(config, key) != getattr(RunConfig, key)}
-
-
-def _begin_or_continue(
+def begin_or_continue(
     folder: Path,
-    decided: dict[str, Any],
+    decisive: dict[str, Any],
     previous: dict[str, Any],
     editor: Editor,
     description: dict[str, Any],
@@ -248,21 +221,22 @@ def _begin_or_continue(
     """Write what a new run starts with, or take up the resume point of the one that is there."""
     on_main = editor.services.processes.on_main
     if previous:
-        _check_same(previous, decided, folder)
+        check_same(previous, decisive, folder)
         if digest := previous.get("second_moments"):
             editor.services.second_moments.use(digest)
     editor.method.prepare()  # what is wrong with it is said before an older run is removed
     prepared_from = editor.method.prepared_from()
     if not previous:
         more = {"templates": editor.services.context_templates, "transposed": editor.weights.transposed}
-        config = description | decided | prepared_from | more
+        config = description | decisive | prepared_from | more
         on_main(lambda: begin(folder, config, editor.weights.stored()))
         return
-    _check_prepared(previous, prepared_from, folder)
+    check_prepared(previous, prepared_from, folder)
     on_main(lambda: _write_original(folder, editor))
     if point := read_resume(folder):
         editor.load_state(*point)
-    elif last := _complete(folder, decided):
+        leave_out_undone(editor, folder)
+    elif last := _complete(folder, previous):
         editor.weights.restore(read_weights(last.path))
         editor.n_edits = last.n_edits
     log.info("Continuing %s after %d edits.", folder, editor.n_edits)
@@ -274,11 +248,12 @@ def _write_original(folder: Path, editor: Editor) -> None:
         write_checkpoint(folder, 0, editor.weights.stored())
 
 
-def _complete(folder: Path, decided: dict[str, Any]) -> Checkpoint | None:
+def _complete(folder: Path, config: dict[str, Any]) -> Checkpoint | None:
     """The last checkpoint of a run that is complete, though its resume point was removed."""
-    n, last, path = len(decided["case_ids"]), list_checkpoints(folder)[-1], folder / LOG_NAME
+    n, last, path = len(config["case_ids"]), list_checkpoints(folder)[-1], folder / LOG_NAME
     batches = len(path.read_text("utf-8").splitlines()) if path.exists() else 0
-    return last if last.n_edits == n and batches == -(-n // decided["num_edits"]) else None
+    ends = batch_ends(n, config["num_edits"], parts_of(config))
+    return last if last.n_edits == n and batches == len(ends) else None
 
 
 def monitor_of(editor: Editor, folder: Path, every: int) -> Monitor:
@@ -288,16 +263,17 @@ def monitor_of(editor: Editor, folder: Path, every: int) -> Monitor:
     return Monitor(reference, every, device=editor.edited.device)
 
 
-def _edit(
+def edit_batches(
     editor: Editor,
     batches: Sequence[Sequence[Record]],
     folder: Path,
     saved: set[int],
     monitor: Monitor,
     writer: TensorBoardWriter | None,
+    ledger: Ledger,
 ) -> list[BatchReport]:
     """The batches that are not yet done; after each one the log, the checkpoint and the resume point are written."""
-    ends, main = _ends(batches), editor.services.processes.main
+    ends, main = list(accumulate(map(len, batches))), editor.services.processes.main
     done = ends.index(editor.n_edits) + 1 if editor.n_edits else 0
     if main:
         _truncate_log(folder, done)
@@ -306,16 +282,18 @@ def _edit(
     with tqdm(total=ends[-1], initial=editor.n_edits, desc=name, unit="edit", disable=not main) as bar:
         for index in range(done, len(batches)):
             try:
-                measure = monitor.measure if monitor.due(index) else None
-                report = editor.edit([record.request for record in batches[index]], measure)
+                requests = [record.request for record in batches[index]]
+                updates = ledger.updates(len(requests)) if main else None
+                report = editor.edit(requests, monitor.measure if monitor.due(index) else None, updates)
             except SphereError as error:
                 if not main:
                     raise
                 where, reason = f"Batch {index + 1} of {len(batches)}", str(error).rstrip(".")
-                raise SphereError(f"{where}: {reason}; {_keep_last_state(editor, folder)}.") from error
+                raise SphereError(f"{where}: {reason}; {_keep_last_state(editor, ledger)}.") from error
             reports.append(report)
             if main:
-                _save(editor, folder, index, report, report.n_edits in saved)
+                ledger.write(index + 1, report.n_edits, requests, updates)
+                _save(editor, ledger, index, report, report.n_edits in saved)
             if writer:
                 writer.add(report.n_edits, report.seconds, report.layers)
             bar.update(len(batches[index]))
@@ -324,56 +302,24 @@ def _edit(
     return reports
 
 
-def _save(editor: Editor, folder: Path, index: int, report: BatchReport, checkpoint: bool) -> None:
+def _save(editor: Editor, ledger: Ledger, index: int, report: BatchReport, checkpoint: bool) -> None:
     """What a batch leaves on the disk; the resume point comes last: it vouches for the others."""
+    folder, undone = ledger.folder, sorted(ledger.undone)
     if checkpoint:
-        write_checkpoint(folder, report.n_edits, editor.final_weights())
+        write_checkpoint(folder, report.n_edits, editor.final_weights(), undone=undone)
     _log_batch(folder, index, report)
-    size = write_resume(folder, *editor.state())
+    tensors, append_only, state = editor.state()
+    size = write_resume(folder, tensors, append_only, state | ({"undone": undone} if undone else {}))
     log.info("Resume point after %d edits: %.1f MiB.", report.n_edits, size / 2**20)
 
 
-def _keep_last_state(editor: Editor, folder: Path) -> str:
+def _keep_last_state(editor: Editor, ledger: Ledger) -> str:
     """Save the weights before a broken batch, to be scored; their resume point is there. Says what was done."""
     if not editor.n_edits:
         return "no batch was written before it"
-    path = write_checkpoint(folder, editor.n_edits, editor.final_weights())
+    weights = editor.final_weights()
+    path = write_checkpoint(ledger.folder, editor.n_edits, weights, undone=ledger.undone)
     return f"the last good state, after {editor.n_edits} edits, is kept in {path}"
-
-
-def _ends(batches: Sequence[Sequence[Record]]) -> list[int]:
-    ends, total = [], 0
-    for batch in batches:
-        total += len(batch)
-        ends.append(total)
-    return ends
-
-
-def _check_same(previous: dict[str, Any], decided: dict[str, Any], folder: Path) -> None:
-    """A run goes on only as the run that it was."""
-    different = [key for key, value in decided.items() if previous.get(key) != json.loads(json.dumps(value))]
-    if different:
-        raise SphereError(
-            f"The run in {folder} was begun with other settings ({', '.join(different)}): continue it with the same "
-            "ones, or overwrite it.",
-            argument="overwrite",
-        )
-
-
-def _check_prepared(previous: dict[str, Any], prepared_from: dict[str, str], folder: Path) -> None:
-    """And with the same numbers beside the model, whatever lies in their place today."""
-    for key, digest in prepared_from.items():
-        what = key.replace("_", " ")
-        if key not in previous:
-            log.warning(
-                "The run in %s does not say which %s it began with: taking those of today.", folder, what
-            )
-        elif previous[key] != digest:
-            raise SphereError(
-                f"The run in {folder} was begun with other {what} than those of today: put those back into stats_dir, "
-                "or overwrite the run.",
-                argument=("stats_dir", "overwrite"),
-            )
 
 
 def _log_batch(folder: Path, index: int, report: BatchReport) -> None:
