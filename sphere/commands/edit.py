@@ -13,7 +13,7 @@ AlphaEdit with the SPHERE projection. Everything lands in
     summary/          scores of the unedited model and of every checkpoint
 
 --beta_hse=0 runs the plain method, without SPHERE. A run that was stopped, by whatever, goes on with the same flags and
---continue_from_run, to the same weights bit for bit.
+--continue_from_run, to the same weights bit for bit. --continue RUN --facts MORE adds facts to a run.
 
 Examples:
     sphere edit
@@ -56,6 +56,13 @@ def parser() -> argparse.ArgumentParser:
         "--skip_scoring", action="store_true", help="edit only; `sphere score` scores later"
     )
     add_generation_flags(groups["scoring"])
+    groups["output"].add_argument(
+        "--continue",
+        dest="continued_run",
+        metavar="RUN",
+        default=None,
+        help="go on with this run's folder, with the further facts of --facts; the run's own settings hold",
+    )
     return parser
 
 
@@ -73,9 +80,14 @@ def main(argv: list[str] | None = None) -> int:
 
         print(describe_run(config))
         return 0
-    from sphere.runs.run import execute
+    if arguments.continued_run:
+        from sphere.runs.more_facts import continue_run
 
-    run = execute(config)
+        run, config = continue_run(arguments.continued_run, config)
+    else:
+        from sphere.runs.run import execute
+
+        run = execute(config)
     say = print if run.processes.main else lambda *_: None
     say(f"\nWeights and log: {run.folder}")
     if arguments.skip_scoring:

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sphere.data.facts import Facts, read_facts, repeated
+from sphere.data.facts import BadRow, Facts, read_facts, repeated
 from sphere.data.records import Record, load_records
 from sphere.errors import SphereError
 from sphere.evaluation.unedited_answers import complete
@@ -127,13 +127,23 @@ def write_facts(
     folder: Path, source: str, facts: Facts, records: Sequence[Record], notes: Mapping[str, str]
 ) -> None:
     """Keep the facts of a run in its folder, atomically; what is kept there already stays."""
-    if (folder / FACTS_NAME).exists():
-        return
+    if not (folder / FACTS_NAME).exists():
+        write_all_facts(folder, source, records, notes, facts.bad)
+
+
+def write_all_facts(
+    folder: Path,
+    source: str,
+    records: Sequence[Record],
+    notes: Mapping[str, str],
+    bad: Sequence[BadRow],
+) -> None:
+    """Write a run's facts.json, in the place of one that is there, atomically."""
     content = {
         "format": FORMAT,
         "source": source,
         "notes": dict(notes),
-        "skipped": [{"row": bad.number, "reason": bad.reason} for bad in facts.bad],
+        "skipped": [{"row": one.number, "reason": one.reason} for one in bad],
         "records": [_to_json(record) for record in records],
     }
     write_json(folder / FACTS_NAME, content)
@@ -191,10 +201,12 @@ def _fits(record: Record, kept: Record | None) -> bool:
 
 def _to_json(record: Record) -> dict[str, Any]:
     request = dataclasses.asdict(record.request)
+    of_a_dataset = {"kind": record.kind, "generation_prompts": list(record.generation_prompts)}
     return {
         **request,
         "paraphrases": list(record.paraphrase_prompts),
         "neighborhood": [list(pair) for pair in record.neighborhood],
+        **(of_a_dataset if record.kind != "counterfact" or record.generation_prompts else {}),
     }
 
 
@@ -203,6 +215,8 @@ def _from_json(entry: Mapping[str, Any]) -> Record:
     return Record(
         entry["case_id"],
         EditRequest(**{name: entry[name] for name in names if name in entry}),
+        entry.get("kind", "counterfact"),
         paraphrase_prompts=tuple(entry["paraphrases"]),
         neighborhood=tuple((prompt, answer) for prompt, answer in entry["neighborhood"]),
+        generation_prompts=tuple(entry.get("generation_prompts", ())),
     )

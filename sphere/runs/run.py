@@ -158,14 +158,7 @@ def _execute(
     begin_or_continue(folder, decisive, previous, editor, describe(config, command) | {USED: used})
     if facts:
         processes.on_main(lambda: write_facts(folder, str(config.facts), facts, records, notes))
-    monitor = monitor_of(editor, folder, config.log_energy_every)
-    writer = (
-        TensorBoardWriter(folder / TENSORBOARD_FOLDER, editor.n_edits)
-        if config.tensorboard and processes.main
-        else None
-    )
-    ledger = Ledger(folder, editor, config.ledger, len(batches))
-    reports = edit_batches(editor, batches, folder, saved, monitor, writer, ledger)
+    reports = edit_and_save(config, editor, batches, folder, saved)
     return Run(folder, model, tokenizer, editor, order, reports, notes)
 
 
@@ -263,10 +256,25 @@ def monitor_of(editor: Editor, folder: Path, every: int) -> Monitor:
     return Monitor(reference, every, device=editor.edited.device)
 
 
-def edit_batches(
+def edit_and_save(
+    config: RunConfig, editor: Editor, batches: Sequence[Sequence[Record]], folder: Path, saved: set[int]
+) -> list[BatchReport]:
+    """The batches that an editor has not yet done, with all that a run keeps of each.
+
+    Args:
+        saved: numbers of edits at which checkpoints are written.
+    """
+    monitor = monitor_of(editor, folder, config.log_energy_every)
+    main = editor.services.processes.main
+    board = folder / TENSORBOARD_FOLDER
+    writer = TensorBoardWriter(board, editor.n_edits) if config.tensorboard and main else None
+    ledger = Ledger(folder, editor, config.ledger, len(batches))
+    return _edit(editor, batches, saved, monitor, writer, ledger)
+
+
+def _edit(
     editor: Editor,
     batches: Sequence[Sequence[Record]],
-    folder: Path,
     saved: set[int],
     monitor: Monitor,
     writer: TensorBoardWriter | None,
@@ -276,7 +284,7 @@ def edit_batches(
     ends, main = list(accumulate(map(len, batches))), editor.services.processes.main
     done = ends.index(editor.n_edits) + 1 if editor.n_edits else 0
     if main:
-        _truncate_log(folder, done)
+        _truncate_log(ledger.folder, done)
     reports = []
     name = editor.method.name
     with tqdm(total=ends[-1], initial=editor.n_edits, desc=name, unit="edit", disable=not main) as bar:

@@ -1,0 +1,239 @@
+"""A run that goes on with further facts: the same method, settings and model, from the very state that it is in.
+
+Its `run.json` then names all facts, and where each part of them begins (`sphere.runs.batches`); its `facts.json` holds
+them. Both are written before the first of the new batches, facts.json first: a run whose run.json does not name the new
+facts is as it was. Knows runs and facts; the batches themselves are `sphere.runs.run`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sphere.checkpoints import LOG_NAME, RESUME_NAME, USER_TURN, write_config
+from sphere.data.facts import Facts
+from sphere.data.records import Record, load_records
+from sphere.distributed import Processes, start
+from sphere.errors import SphereError
+from sphere.hparams import hparams_from_dict
+from sphere.lock import locked
+from sphere.methods import get_method
+from sphere.models import load_model
+from sphere.runs.batches import PARTS, batch_ends, cut, parts_of
+from sphere.runs.config import OWN_FACTS, RunConfig, config_in, saved_at, settings
+from sphere.runs.dtypes import z_matmul_dtype_used
+from sphere.runs.facts_file import complete_facts, load_facts, read_run_facts, write_all_facts
+from sphere.runs.folder import FACTS_NAME, open_folder
+from sphere.runs.lengths import check_records
+from sphere.runs.run import Run, begin_or_continue, edit_and_save, editor_of
+from sphere.runs.sameness import check_same, decided, digest_of
+from sphere.values.context_templates import BARE
+
+log = logging.getLogger(__name__)
+
+CONTINUED = "continued"  # key of run.json: the tables that were added, and when
+# What may be another than the run began with: where things are and how they are computed.
+FREE = (
+    "facts",
+    "subjects",
+    "on_bad_record",
+    "dataset_size_limit",
+    "model_name",
+    "device",
+    "device_map",
+    "data_dir",
+    "stats_dir",
+    "stats_from",
+    "cache_dir",
+    "checkpoints",
+    "ledger",
+    "log_energy_every",
+    "tensorboard",
+    "batch_tokens",
+    "conserve_memory",
+    "use_cache",
+)
+
+
+FACT_FLAGS = ("facts", "subjects", "on_bad_record", "dataset_size_limit")  # of the new facts, not of the run
+
+
+def continue_run(folder: str | Path, given: RunConfig) -> tuple[Run, RunConfig]:
+    """Go on with a run, with the further facts that `given.facts` names, or without any to its end.
+
+    Args:
+        given: settings of which those of FREE count where they are no defaults; the others are the run's own.
+
+    Returns:
+        The run, and its settings.
+
+    Raises:
+        SphereError: no run, a setting that the run has decided, a run without its resume point, or facts that cannot
+            be used. The run is then as it was.
+    """
+    folder = Path(folder)
+    free = _free(given)
+    processes = start(given.device, given.device_map)
+    with processes.together():
+        facts = processes.on_main(lambda: _facts(given))
+        with locked(folder, processes):
+            return _continue(folder, free, facts, processes)
+
+
+def _free(given: RunConfig) -> dict[str, Any]:
+    """The settings that are given, by name."""
+    standard = RunConfig()
+    own = {
+        name: getattr(given, name) for name in settings() if getattr(given, name) != getattr(standard, name)
+    }
+    own.pop("ds_name" if given.facts else "", None)
+    if fixed := [name for name in own if name not in FREE]:
+        raise SphereError(
+            f"The run that is continued has its own {', '.join(fixed)}: leave that out, or begin a new run.",
+            argument=fixed,
+        )
+    return own
+
+
+def _facts(given: RunConfig) -> Facts | None:
+    if given.facts is None:
+        return None
+    return load_facts(given.facts, given.subjects, given.on_bad_record, given.dataset_size_limit)
+
+
+def _continue(
+    folder: Path, free: Mapping[str, Any], facts: Facts | None, processes: Processes
+) -> tuple[Run, RunConfig]:
+    stored = processes.on_main(lambda: open_folder(folder, continue_from_run=True, overwrite=False))
+    config = replace(config_in(stored), **{name: free[name] for name in free if name not in FACT_FLAGS})
+    torch.manual_seed(config.seed)
+    earlier, notes = run_records(folder, stored, config)
+    model, tokenizer = load_model(config.model_name, processes.device, _dtype(stored), config.device_map)
+    turn = stored.get(USER_TURN, BARE)
+    added: list[Record] = []
+    if facts and not _are_last(facts.records, earlier, parts_of(stored)[-1]):
+        new = replace(facts, records=_renumbered(facts.records, earlier))
+        added, more = processes.on_main(
+            lambda: complete_facts(model, tokenizer, new, None, config.passes, turn)
+        )
+        begin = len(earlier)
+        notes |= {f"{key}_after_{begin}": f"Of the facts after {begin}: {note}" for key, note in more.items()}
+        _check_state(folder)
+    records = [*earlier, *added]
+    if added:
+        config = replace(config, ds_name=OWN_FACTS, facts=str(free["facts"]))
+    hparams = hparams_from_dict(stored["hparams"], get_method(config.alg_name).hparams_class)
+    used = processes.on_main(lambda: z_matmul_dtype_used(config, stored, model))
+    editor = editor_of(
+        config, model, tokenizer, hparams, stored["templates"], processes, turn=turn, used=used
+    )
+    check_records(editor, records)
+    extended = _extended(stored, config, records, len(added))
+    decisive = decided(config, hparams.to_dict(), records, editor)
+    check_same(extended, decisive, folder)
+    if added:
+
+        def write() -> None:
+            write_all_facts(folder, str(config.facts), records, notes, facts.bad if facts else [])
+            write_config(folder, extended)
+
+        processes.on_main(write)
+    begin_or_continue(folder, decisive, extended, editor, {})
+    ends = batch_ends(len(records), config.num_edits, parts_of(extended))
+    batches, saved = cut(records, ends), saved_at(config.checkpoints, ends)
+    reports = edit_and_save(config, editor, batches, folder, saved)
+    return Run(folder, model, tokenizer, editor, records, reports, notes), config
+
+
+def _dtype(stored: Mapping[str, Any]) -> str:
+    return str(stored["model_dtype"]).removeprefix("torch.")
+
+
+def run_records(
+    folder: Path, stored: Mapping[str, Any], config: RunConfig
+) -> tuple[list[Record], dict[str, str]]:
+    """The records of a run in the order of editing, and notes on them.
+
+    Raises:
+        SphereError: its dataset is no longer the one that it edited.
+    """
+    notes: dict[str, str] = {}
+    if (folder / FACTS_NAME).exists() and config.facts is not None:
+        records, notes = read_run_facts(folder)
+    else:
+        records = load_records(config.ds_name, config.data_dir)
+    by_id = {record.case_id: record for record in records}
+    found = [by_id[case_id] for case_id in stored["case_ids"] if case_id in by_id]
+    if digest_of(found)["requests"] != stored["requests"]:
+        raise SphereError(
+            f"The facts of the run in {folder} are not to be had as it edited them: {FACTS_NAME} or the dataset "
+            f"'{config.ds_name}' is another one; put it back.",
+            argument="data_dir",
+        )
+    return found, notes
+
+
+def _are_last(new: Sequence[Record], earlier: Sequence[Record], begin: int) -> bool:
+    """Whether these facts are the run's last part already: the command was given before, and is to go on."""
+
+    def said(record: Record) -> tuple[str, str, str, str | None]:
+        request = record.request
+        return request.prompt, request.subject, request.target_new, request.joiner
+
+    same = list(map(said, new)) == list(map(said, earlier[begin:]))
+    if same:
+        log.info("These %d facts are the run's last ones already: going on with them.", len(new))
+    return same
+
+
+def _renumbered(new: Sequence[Record], earlier: Sequence[Record]) -> list[Record]:
+    """Facts whose case_ids the run has already get the next free ones."""
+    taken = {record.case_id for record in earlier}
+    free = count(max(taken | {record.case_id for record in new}) + 1)
+    found = []
+    for record in new:
+        case_id = next(free) if record.case_id in taken else record.case_id
+        found.append(replace(record, case_id=case_id, request=replace(record.request, case_id=case_id)))
+    if changed := sum(a.case_id != b.case_id for a, b in zip(new, found, strict=True)):
+        log.info("%d case_ids are taken by earlier edits and were changed: see `sphere log`.", changed)
+    return found
+
+
+def _check_state(folder: Path) -> None:
+    """What later batches depend on must be there, beside the weights."""
+    log_path = folder / LOG_NAME
+    edited = log_path.exists() and log_path.stat().st_size > 0
+    if edited and not (folder / RESUME_NAME).exists():
+        raise SphereError(
+            f"The resume point of the run in {folder} is gone ({RESUME_NAME}): without its earlier keys and random "
+            "state no further facts can be added; begin a new run with all facts."
+        )
+
+
+def _extended(
+    stored: Mapping[str, Any], config: RunConfig, records: Sequence[Record], n_added: int
+) -> dict[str, Any]:
+    """run.json with the new facts; as it was, where there are none."""
+    if not n_added:
+        return dict(stored)
+    begin = len(records) - n_added
+    event = {
+        "facts": config.facts,
+        "n_edits": begin,
+        "when": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    return {
+        **stored,
+        **digest_of(records),
+        "ds_name": config.ds_name,
+        "facts": config.facts,
+        PARTS: [*parts_of(stored), begin],
+        CONTINUED: [*stored.get(CONTINUED, ()), event],
+    }

@@ -1,0 +1,219 @@
+"""Runs that go on with further facts: the very weights of a run that had all of them, killed in between or not."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from test_resume import Stopped
+from tiny_run import TinyRun, command, contents, records
+from transformers import PreTrainedTokenizerBase
+
+import sphere.runs.run
+from sphere.checkpoints import read_config, read_weights
+from sphere.commands.main import main
+from sphere.errors import SphereError
+from sphere.evaluation.undo import UNDO, Choice, change
+from sphere.runs.config import RunConfig
+from sphere.runs.facts_file import read_run_facts
+from sphere.runs.folder import foreign_files
+from sphere.runs.ledger import read_entries, undone_cases
+from sphere.runs.more_facts import continue_run
+from sphere.runs.run import execute
+
+FIRST, MORE = 4, 3  # facts of the run, and those that are added; batches of 2
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> TinyRun:
+    """Files of tiny runs, and tables of facts: all.csv, first.csv and more.csv, which together are all."""
+    world = TinyRun(tmp_path_factory.mktemp("more"), tiny_tokenizer)
+    facts = [record["requested_rewrite"] for record in records(FIRST + MORE)]
+    rows = [(f["prompt"], f["subject"], f["target_new"]["str"], f["target_true"]["str"]) for f in facts]
+    for name, some in ("all", rows), ("first", rows[:FIRST]), ("more", rows[FIRST:]):
+        write(world.folder / f"{name}.csv", some)
+    return world
+
+
+def write(path: Path, rows: list[tuple[str, ...]]) -> Path:
+    """A table of facts."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "subject", "target_new", "target_true"), *rows])
+    return path
+
+
+def settings(tiny: TinyRun, name: str, output: str, **more: object) -> RunConfig:
+    """A run of one of the tables."""
+    return tiny.config(output, facts=str(tiny.folder / f"{name}.csv"), dataset_size_limit=None, **more)
+
+
+def given(tiny: TinyRun, **more: object) -> RunConfig:
+    """What is given with the further facts."""
+    return RunConfig(facts=str(tiny.folder / "more.csv"), dataset_size_limit=None, device="cpu", **more)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: TinyRun) -> Path:
+    """A run of all facts at once."""
+    return execute(settings(tiny, "all", "whole")).folder
+
+
+@pytest.fixture(scope="module")
+def first(tiny: TinyRun) -> Path:
+    """A run of the first facts, which tests copy."""
+    return execute(settings(tiny, "first", "first")).folder
+
+
+@pytest.fixture
+def run(first: Path, tmp_path: Path) -> Path:
+    """A run of the first facts."""
+    return Path(shutil.copytree(first, tmp_path / "run"))
+
+
+@contextmanager
+def stopped(monkeypatch: pytest.MonkeyPatch, batch: int) -> Iterator[None]:
+    """Break a run off when a batch (counted from 0) is about to be logged."""
+    original = sphere.runs.run.append_line
+
+    def append_line(path: Path, line: str) -> None:
+        if json.loads(line)["batch"] == batch:
+            raise Stopped
+        original(path, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sphere.runs.run, "append_line", append_line)
+        with pytest.raises(Stopped):
+            yield
+
+
+def check_same(folder: Path, whole: Path) -> None:
+    """The same checkpoints and resume point, byte for byte, and a ledger of the same edits."""
+    assert contents(folder) == contents(whole)
+    assert contents(folder, "resume*") == contents(whole, "resume*")
+    edits, expected = ([(e.batch, e.n_edits, e.requests) for e in read_entries(f)] for f in (folder, whole))
+    assert edits == expected
+    assert not foreign_files(folder)
+
+
+def test_a_finished_run_goes_on_as_if_it_had_had_all_facts(run: Path, whole: Path, tiny: TinyRun) -> None:
+    found, config = continue_run(run, given(tiny))
+    assert [report.n_edits for report in found.reports] == [6, 7]
+    assert config.num_edits == 2
+    check_same(run, whole)
+    assert [r.case_id for r in found.records] == read_config(run)["case_ids"] == [1, 2, 3, 4, 5, 6, 7]
+    assert read_config(run)["parts"] == [0, FIRST]
+    assert [r.request for r in read_run_facts(run)[0]] == [r.request for r in found.records]
+    again, _ = continue_run(run, given(tiny))  # the same facts are not added twice
+    assert not again.reports
+    check_same(run, whole)
+
+
+def test_it_may_be_broken_off_and_goes_on_with_the_same_command(
+    run: Path, whole: Path, tiny: TinyRun, monkeypatch
+) -> None:
+    with stopped(monkeypatch, 2):
+        continue_run(run, given(tiny))
+    continue_run(run, given(tiny))
+    check_same(run, whole)
+
+
+def test_a_stopped_run_ends_first(whole: Path, tiny: TinyRun, monkeypatch) -> None:
+    config = settings(tiny, "first", "stopped")
+    with stopped(monkeypatch, 1):
+        execute(config)
+    folder = next(path.parent for path in Path(config.output_dir).rglob("run.json"))
+    continue_run(folder, given(tiny))
+    check_same(folder, whole)
+
+
+def test_a_kill_before_run_json_leaves_the_run(run: Path, whole: Path, tiny: TinyRun, monkeypatch) -> None:
+    """A kill between facts.json and run.json."""
+
+    def killed(*_: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sphere.runs.more_facts.write_config", killed)
+        with pytest.raises(Stopped):
+            continue_run(run, given(tiny))
+    assert read_config(run)["case_ids"] == [1, 2, 3, 4]
+    done, _ = continue_run(run, RunConfig(device="cpu"))
+    assert not done.reports
+    continue_run(run, given(tiny))
+    check_same(run, whole)
+
+
+def test_a_run_of_a_dataset_takes_facts_and_is_scored_with_them(tiny: TinyRun, monkeypatch, capsys) -> None:
+    folder = execute(tiny.config("dataset", dataset_size_limit=FIRST)).folder
+    words = ["edit", f"--continue={folder}", f"--facts={tiny.folder / 'more.csv'}", "--device=cpu"]
+    code, out, err = command(main, words, monkeypatch, capsys)
+    assert code == 0, err
+    summary = json.loads((folder / "summary" / "summary.json").read_text())
+    last = summary["checkpoints"][-1]
+    assert (last["n_edits"], last["metrics"]["rewrite_success"]["n"]) == (7, 7)
+    assert "scores" in out.lower()
+    kept = read_run_facts(folder)[0]
+    assert [r.case_id for r in kept] == [0, 1, 2, 3, 4, 5, 6]
+    assert kept[0].generation_prompts
+    score = [
+        "score",
+        f"--weight_folder={folder}",
+        "--ds_name=facts",
+        f"--model_name={tiny.model}",
+        "--device=cpu",
+    ]
+    code, _, err = command(main, score, monkeypatch, capsys)
+    assert code == 0, err
+
+
+def test_facts_go_into_weights_without_what_is_undone(run: Path, whole: Path, tiny: TinyRun) -> None:
+    change(run, UNDO, Choice(batch=1))
+    continue_run(run, given(tiny))
+    assert undone_cases(run, 7) == {1, 2}
+    now, with_them = (read_weights(f / "edit_7.safetensors") for f in (run, whole))
+    original = read_weights(run / "edit_0.safetensors")
+    one = read_weights(whole / "edit_2.safetensors")
+    for name in now:
+        assert (with_them[name] - now[name]).norm() > 0.3 * (one[name] - original[name]).norm()
+
+
+def test_what_cannot_be_continued_is_said_and_leaves_the_run(
+    run: Path, tiny: TinyRun, tmp_path, monkeypatch, capsys
+) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    facts = f"--facts={tiny.folder / 'more.csv'}"
+
+    def bad(*words: str) -> str:
+        code, _, err = command(main, ["edit", *words, "--device=cpu"], monkeypatch, capsys)
+        assert code == 2
+        return err
+
+    said = bad(f"--continue={run}", facts, "--alg_name=MEMIT", "--num_edits=5")
+    assert (
+        "has its own alg_name, num_edits: leave that out, or begin a new run (--alg_name, --num_edits)"
+        in said
+    )
+    assert "no run to continue" in bad(f"--continue={tmp_path / 'none'}", facts)
+    assert "No table of facts" in bad(f"--continue={run}", f"--facts={tmp_path / 'none.csv'}")
+    long = write(tmp_path / "long.csv", [("{} is in " + "a" * 300, "Ann", "Rome", "Paris")])
+    assert "Longer than the 256 positions" in bad(f"--continue={run}", f"--facts={long}")
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert after == before
+    (run / "resume.safetensors").unlink()
+    assert "resume point" in bad(f"--continue={run}", facts)
+    assert read_config(run)["case_ids"] == [1, 2, 3, 4]
+
+
+def test_another_model_is_refused(run: Path, tiny: TinyRun, tmp_path) -> None:
+    from conftest import tiny_llama
+
+    shutil.copytree(tiny.model, tmp_path / "tiny")
+    tiny_llama(seed=1).save_pretrained(tmp_path / "tiny")
+    with pytest.raises(SphereError, match="other settings \\(model\\)"):
+        continue_run(run, given(tiny, model_name=str(tmp_path / "tiny")))
+    assert read_config(run)["case_ids"] == [1, 2, 3, 4]
