@@ -19,6 +19,7 @@ import torch
 
 from sphere.checkpoints import LOG_NAME, RESUME_NAME, USER_TURN, write_config
 from sphere.data.facts import Facts
+from sphere.data.formats import Kind
 from sphere.data.records import Record, load_records
 from sphere.distributed import Processes, start
 from sphere.errors import SphereError
@@ -62,6 +63,7 @@ FREE = (
 )
 
 
+KINDS = ("counterfact", "zsre")  # of records that a fact of a table can be
 FACT_FLAGS = ("facts", "subjects", "on_bad_record", "dataset_size_limit")  # of the new facts, not of the run
 
 
@@ -119,7 +121,7 @@ def _continue(
     turn = stored.get(USER_TURN, BARE)
     added: list[Record] = []
     if facts and not _are_last(facts.records, earlier, parts_of(stored)[-1]):
-        new = replace(facts, records=_renumbered(facts.records, earlier))
+        new = replace(facts, records=_renumbered(facts.records, earlier, _kind_of(earlier)))
         added, more = processes.on_main(
             lambda: complete_facts(model, tokenizer, new, None, config.passes, turn)
         )
@@ -193,14 +195,26 @@ def _are_last(new: Sequence[Record], earlier: Sequence[Record], begin: int) -> b
     return same
 
 
-def _renumbered(new: Sequence[Record], earlier: Sequence[Record]) -> list[Record]:
-    """Facts whose case_ids the run has already get the next free ones."""
+def _kind_of(earlier: Sequence[Record]) -> Kind:
+    """How the run's facts are scored; those that are added are scored alike, so that there is one score."""
+    kind = earlier[0].kind
+    if kind not in KINDS:
+        raise SphereError(
+            f"The run edits facts of the kind '{kind}', which a table does not hold: begin a new run.",
+            argument="facts",
+        )
+    return kind
+
+
+def _renumbered(new: Sequence[Record], earlier: Sequence[Record], kind: Kind) -> list[Record]:
+    """Facts of this kind; those whose case_ids the run has already get the next free ones."""
     taken = {record.case_id for record in earlier}
     free = count(max(taken | {record.case_id for record in new}) + 1)
     found = []
     for record in new:
         case_id = next(free) if record.case_id in taken else record.case_id
-        found.append(replace(record, case_id=case_id, request=replace(record.request, case_id=case_id)))
+        request = replace(record.request, case_id=case_id)
+        found.append(replace(record, case_id=case_id, request=request, kind=kind))
     if changed := sum(a.case_id != b.case_id for a, b in zip(new, found, strict=True)):
         log.info("%d case_ids are taken by earlier edits and were changed: see `sphere log`.", changed)
     return found
