@@ -27,6 +27,8 @@ H = TypeVar("H")
 # Keys for the reader that decide nothing: what other projects write, and how a tuning found the rest.
 INFORMATIONAL = ("model_name", "alg_name", "found_by")
 YAML = (".yaml", ".yml")
+# Keys that files of earlier versions do not have: left out where they are not given.
+NOT_GIVEN = {"rules": (), "z_stop": None, "z_stop_probability": None}
 MOM2_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -59,8 +61,7 @@ class ModuleHParams:
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: what a run's configuration keeps."""
         values = dataclasses.asdict(self)
-        if not self.rules:  # as files of earlier versions, which know no such key
-            del values["rules"]
+        values = {k: v for k, v in values.items() if k not in NOT_GIVEN or v != NOT_GIVEN[k]}
         return json.loads(json.dumps(values))
 
 
@@ -75,6 +76,9 @@ class TargetHParams(ModuleHParams):
         v_loss_layer: layer whose output, through ln_f and lm_head, gives the target's likelihood.
         v_weight_decay: weight of ||delta|| / ||h0||^2.
         kl_factor: weight of the KL term on "{subject} is a".
+        z_stop: a request stops once its target's tokens have been the likeliest in all its prompts for so many further
+            steps (`sphere.values.z_stop`); null: they do not matter.
+        z_stop_probability: or once their mean probability is above this; null: it does not matter.
     """
 
     clamp_norm_factor: float
@@ -85,6 +89,8 @@ class TargetHParams(ModuleHParams):
     kl_factor: float
     fact_token: str = "subject_last"
     layer_selection: str = "all"
+    z_stop: int | None = None
+    z_stop_probability: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,6 +105,12 @@ class TargetHParams(ModuleHParams):
                 f"v_loss_layer {self.v_loss_layer} lies below the last edited layer {max(self.layers)}: raise it."
             )
         require(self, positive=("clamp_norm_factor", "v_lr"), not_negative=("v_weight_decay", "kl_factor"))
+        if self.z_stop is not None:
+            require(self, not_negative=("z_stop",))
+        if self.z_stop_probability is not None and not 0 < self.z_stop_probability < 1:
+            raise SphereError(
+                f"z_stop_probability must be a probability in (0, 1) or null, got {self.z_stop_probability}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,7 @@ def tiny_hparams(method: str, shipped: str, layers: list[int] | None = None) -> 
         "v_weight_decay": 1e-3,
         "mom2_update_weight": 1e-3,
         "lambda_e": 1.0,
+        "mom2_ridge": 1e-3,
         "nullspace_threshold": 1e9,
         "L2": 1e-3,
         "num_steps": 5,

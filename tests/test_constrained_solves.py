@@ -1,8 +1,9 @@
-"""EMMET's solve beside the dense one, and that its constraint is met."""
+"""EMMET's and ENCORE's solves beside the dense ones, and that EMMET's constraint is met."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,17 @@ def test_emmet_equals_the_dense_solve(n: int, ridge: float, lambda_e: float) -> 
     assert relative(solve.solve(keys), expected) < 1e-8
 
 
+def test_encore_equals_the_dense_solve() -> None:
+    """In every batch of a run, on both sides of the change from S - B B^T to a matrix."""
+    solve = SequentialSolve(inverse_moment(moment(), WEIGHT, "layer 0", 5.0), 1.0, "layer 0")
+    cache = torch.zeros(IN, IN, dtype=torch.float64)
+    for keys in batches(3, [6, 9, 9, 6]):
+        assert relative(solve.solve(keys), plain.encore(moment(), keys.double(), cache, WEIGHT, 5.0)) < 1e-8
+        solve.append(keys)
+        solve.compact()
+        cache += keys.double() @ keys.double().T
+
+
 def test_emmet_is_least_of_the_updates_that_meet_the_constraint() -> None:
     """Delta K = R, and any other such update changes the preserved keys more."""
     (keys,) = batches(0, [5])
@@ -41,9 +53,12 @@ def test_emmet_is_least_of_the_updates_that_meet_the_constraint() -> None:
     [
         ("EMMET", {"lambda_e": 0.0}, "lambda_e must be positive"),
         ("EMMET", {"mom2_ridge": -1.0}, "mom2_ridge must not be negative"),
+        ("ENCORE", {"mom2_ridge": -1.0}, "mom2_ridge must not be negative"),
+        ("MEMIT", {"z_stop": -1}, "z_stop must not be negative"),
+        ("AlphaEdit", {"z_stop_probability": 1.0}, r"z_stop_probability must be a probability in \(0, 1\)"),
     ],
 )
-def test_numbers_out_of_range_are_named(method: str, change: dict[str, float], says: str) -> None:
+def test_numbers_out_of_range_are_named(method: str, change: dict[str, Any], says: str) -> None:
     hparams = hparams_from_dict(method_values(method), get_method(method).hparams_class)
     with pytest.raises(SphereError, match=says):
         dataclasses.replace(hparams, **change)

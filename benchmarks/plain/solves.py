@@ -35,3 +35,9 @@ def emmet(second_moment: Tensor, keys: Tensor, weight: float, ridge: float, lamb
     c_k = torch.linalg.solve(weight * second_moment + ridge * torch.eye(len(keys)).to(keys), keys)  # in x n
     system = keys.T @ c_k + lambda_e * torch.eye(keys.shape[1]).to(keys)  # n x n
     return torch.linalg.solve(system, c_k, left=False)
+
+
+def encore(second_moment: Tensor, keys: Tensor, cache: Tensor, weight: float, ridge: float) -> Tensor:
+    """X = (lambda M + mu I + C + K K^T)^-1 K."""
+    system = weight * second_moment + ridge * torch.eye(len(keys)).to(keys) + cache + keys @ keys.T
+    return torch.linalg.solve(system, keys)

@@ -97,6 +97,7 @@ def _one(model: nn.Module, prompts: Prompts, hparams: TargetHParams) -> tuple[Te
     delta = torch.zeros(size, dtype=dtype, device=prompts.ids.device, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=hparams.v_lr)
     h0, reference = torch.empty(0), torch.empty(0)
+    likeliest = 0  # steps in a row at which all of the target's tokens are
     for step in range(hparams.v_num_grad_steps):
         adam.zero_grad()
         target_log_probs, next_token, unmodified = _forward(model, prompts, hparams, delta)
@@ -108,6 +109,13 @@ def _one(model: nn.Module, prompts: Prompts, hparams: TargetHParams) -> tuple[Te
         nll = -(log_probs.sum(1) / scored.sum(1)).mean()
         kl = (next_token.exp() * (next_token - reference)).sum()  # KL(now || first step)
         loss = nll + hparams.kl_factor * kl + hparams.v_weight_decay * delta.norm() / h0.norm() ** 2
+        all_likeliest = bool((target_log_probs.argmax(2) == prompts.labels)[scored].all())
+        likeliest = likeliest + 1 if all_likeliest else 0
+        if hparams.z_stop is not None and likeliest > hparams.z_stop:
+            break
+        probability = ((log_probs.exp() * scored).sum(1) / scored.sum(1)).mean()
+        if hparams.z_stop_probability is not None and probability > hparams.z_stop_probability:
+            break
         if loss < LOSS_TOLERANCE or step == hparams.v_num_grad_steps - 1:
             break
         loss.backward()

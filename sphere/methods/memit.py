@@ -26,7 +26,7 @@ class MEMIT(LayerwiseMethod):
 
     name = "MEMIT"
     reference = "Mass-Editing Memory in a Transformer, arXiv 2210.07229"
-    hparams_class = HParams
+    hparams_class: ClassVar[type[HParams]] = HParams
     tuned: ClassVar[tuple[str, ...]] = (*TARGET_NUMBERS, "mom2_update_weight")
 
     def preconditioner(self, layer: int) -> tuple[Apply, float]:

@@ -24,6 +24,7 @@ GROUP = "sphere.methods"
 BUILT_IN = {
     "AlphaEdit": "sphere.methods.alphaedit:AlphaEdit",
     "EMMET": "sphere.methods.emmet:EMMET",
+    "ENCORE": "sphere.methods.encore:ENCORE",
     "FT": "sphere.methods.ft:FT",
     "MEMIT": "sphere.methods.memit:MEMIT",
     "MEMIT_prune": "sphere.methods.prune:MEMITPrune",

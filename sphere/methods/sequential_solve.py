@@ -8,6 +8,7 @@ where S, the preconditioner, says which directions are cheap to change and c how
 
     AlphaEdit   S = P (null-space projector), c = L2:    X = (P (C + K K^T) + L2 I)^-1 P K
     MEMIT       S = (lambda M)^-1,            c = 1:     X = (lambda M + C + K K^T)^-1 K
+    ENCORE      S = (lambda M + mu I)^-1,     c = 1:     X = (lambda M + mu I + C + K K^T)^-1 K
     EMMET       S = (lambda M + mu I)^-1,     c = lambda_e, C = 0:    X = S K (K^T S K + lambda_e I)^-1
 
 An edit makes the directions of its keys more expensive for those after it. With T = (S^-1 + C / c)^-1, by Woodbury's

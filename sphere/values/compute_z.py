@@ -4,7 +4,8 @@ All requests of a batch are optimised together, and nothing is computed that can
 positions before the lookup token are constant, so their attention keys and values are kept from one first pass, and
 what the prompts of a context template share is run once; layers up to z see no change, so the loop starts above them;
 the top layer's MLP and the logits are computed only where they are scored; prompts are laid end to end in packed rows,
-so that few and full matrices are multiplied; requests whose loss is small enough leave the loop with all their prompts;
+so that few and full matrices are multiplied; requests whose loss is small enough, or whose target is likely enough
+(`sphere.values.z_stop`), leave the loop with all their prompts;
 the last step, which takes no update, needs no gradient.
 
 Where a norm stands between the edited modules and the residual stream they can add only so much, however large their
@@ -59,6 +60,7 @@ from sphere.values.context_templates import BARE
 from sphere.values.module_residual import Reach
 from sphere.values.tokenization import encode, padding_id
 from sphere.values.z_batches import MicroBatch, Prompt, prompts_of
+from sphere.values.z_stop import EarlyStop
 
 log = logging.getLogger(__name__)
 
@@ -183,6 +185,7 @@ class _Loop:
         self.h0 = h0.to(torch.promote_types(h0.dtype, torch.float32))
         self.h0_norm = self.h0.norm(dim=1)  # n
         self.reach: Reach | None = None
+        self.stop = EarlyStop(hparams, len(requests), self.prompts_per_request, self.h0.device)
 
     def _lay_out(self, prompts: Sequence[Prompt]) -> list[MicroBatch]:
         """Micro-batches that end at the same layer; a prompt has a row of its own where the model asks for it."""
@@ -221,7 +224,7 @@ class _Loop:
             now = self._losses(delta, gradient=not last)
             losses = torch.where(alive, now, losses)
             n_steps += alive
-            finished = alive if last else alive & (now < LOSS_TOLERANCE)
+            finished = alive if last else alive & ((now < LOSS_TOLERANCE) | self.stop.reached())
             final = torch.where(finished[:, None], delta.detach(), final)
             alive = alive & ~finished
             if last:
@@ -255,6 +258,7 @@ class _Loop:
     def _losses(self, delta: Tensor, gradient: bool) -> Tensor:
         """Loss of each request (n,); its gradient is added to delta.grad, one micro-batch after the other."""
         total = torch.zeros_like(self.h0_norm)
+        self.stop.start()
         with torch.set_grad_enabled(gradient):
             # One graph at a time: a list of all parts would hold those of all micro-batches.
             parts = (self._micro_batch_losses(batch, delta) for batch in self.micro_batches)
@@ -278,8 +282,10 @@ class _Loop:
         )  # points x d
         logits = self.stack.logits(at_points)  # points x vocabulary
         scored, labels = batch.score_point.to(logits.device), batch.labels.to(logits.device)
-        nll = F.cross_entropy(logits[scored], labels, reduction="none").to(delta)  # scored tokens
+        at_targets = logits[scored]  # scored tokens x vocabulary
+        nll = F.cross_entropy(at_targets, labels, reduction="none").to(delta)  # scored tokens
         weighted = nll * batch.score_weight.to(delta) / self.prompts_per_request
+        self.stop.note(at_targets, labels, batch.score_request, batch.score_weight)
         total = torch.zeros_like(self.h0_norm).index_add(0, batch.score_request, weighted)
         if len(batch.kl_point):
             now = F.log_softmax(logits[batch.kl_point.to(logits.device)], dim=-1)  # KL prompts x vocabulary

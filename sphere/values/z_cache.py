@@ -61,6 +61,8 @@ HPARAMS = (
     "v_weight_decay",
     "kl_factor",
     "fact_token",
+    "z_stop",
+    "z_stop_probability",
     "layer_module_tmp",
     "ln_f_module",
     "lm_head_module",
