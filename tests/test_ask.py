@@ -23,6 +23,7 @@ from sphere.commands.main import main
 from sphere.errors import SphereError
 from sphere.evaluation.ask_run import compare_runs, open_source, read_questions, short_labels
 from sphere.evaluation.run_model import ModelOptions
+from sphere.export import export_run
 from sphere.runs.run import execute
 
 PROMPT = "Abcde is in"
@@ -216,6 +217,19 @@ def test_an_exported_model_is_asked_beside_its_base(run, tiny, tmp_path, monkeyp
     (export / "README.md").write_text(f"---\nbase_model: {tiny.model}\n---\nA card.\n")
     _, both, _ = command(main, ["ask", str(export), *flags], monkeypatch, capsys)
     assert json.loads(both) == json.loads(of_run)
+
+
+def test_an_adapter_is_asked_with_its_model(run, tiny, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    export_run(run, "peft", tmp_path / "adapter", device="cpu")
+    flags = [PROMPT, "--targets", "Rome", "--json"]
+    _, of_run, _ = command(main, ["ask", str(run), *flags], monkeypatch, capsys)
+    code, of_adapter, err = command(main, ["ask", str(tmp_path / "adapter"), *flags], monkeypatch, capsys)
+    assert code == 0, err
+    expected, found = (json.loads(text)["answers"] for text in (of_run, of_adapter))
+    assert found["unedited"] == expected["unedited"]
+    assert found["edited"]["text"] == expected["edited"]["text"]
+    assert found["edited"]["targets"] == pytest.approx(expected["edited"]["targets"], rel=1e-3)
 
 
 def test_runs_are_compared(run, tiny, tmp_path, monkeypatch, capsys):

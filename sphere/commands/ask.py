@@ -5,9 +5,9 @@
     sphere ask RUN
 
 For each prompt: what each model says (greedily, unless there is a --temperature), its likeliest next tokens, and the
-probability of each target behind the prompt. RUN is a run's folder, an exported model's folder or a .gguf file, which
-is asked beside the model that its card names as its base (or --model_name). Without a prompt, prompts are read line by
-line, from a prompt line or from a pipe.
+probability of each target behind the prompt. RUN is a run's folder, the folder of an exported model or LoRA adapter, or
+a .gguf file; an export is asked beside the model that it names as its base (or --model_name). Without a prompt, prompts
+are read line by line, from a prompt line or from a pipe.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 def parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = make_parser(__doc__, "sphere ask")
-    parser.add_argument(
-        "run", metavar="RUN", help="a run's folder, an exported model's folder or a .gguf file"
-    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder, an export's folder or a .gguf file")
     parser.add_argument("prompt", metavar="PROMPT", nargs="*", help="what to continue")
     parser.add_argument(
         "--checkpoint",

@@ -33,9 +33,12 @@ from sphere.data.tables import FORMS
 from sphere.errors import SphereError
 from sphere.evaluation.run_model import ModelOptions, load_run_model, model_of
 from sphere.evaluation.states import RunStates
+from sphere.files import read_json
 from sphere.models import load_model
 from sphere.values.chat_template import user_turn
 from sphere.weights import EditedWeights
+
+ADAPTER_NAME = "adapter_config.json"
 
 
 @dataclass
@@ -80,7 +83,7 @@ class EditedSource:
 
 
 def open_source(path: str | Path, options: ModelOptions, checkpoint: int | None = None) -> EditedSource:
-    """A run's folder, an exported folder or a .gguf file, ready to be asked.
+    """A run's folder, a model's folder, a LoRA adapter's folder or a .gguf file, ready to be asked.
 
     Args:
         checkpoint: number of edits of the run's state; None: the last one.
@@ -89,12 +92,13 @@ def open_source(path: str | Path, options: ModelOptions, checkpoint: int | None 
         SphereError: nothing of the kind at `path`, no such checkpoint, or another model than the run's.
     """
     path = Path(path)
-    if path.suffix == ".gguf" or (path / "config.json").exists():
+    whole = path.suffix == ".gguf" or (path / "config.json").exists()
+    if whole or (path / ADAPTER_NAME).exists():
         if checkpoint is not None:
             raise SphereError(
                 f"{path} is a model and has no checkpoints: leave checkpoint out.", argument="checkpoint"
             )
-        return _exported(path, options)
+        return _exported(path, options) if whole else _adapter(path, options)
     return RunSources(options).open(path, checkpoint)
 
 
@@ -157,6 +161,32 @@ def _exported(path: Path, options: ModelOptions) -> EditedSource:
     dtype = str(model.dtype).removeprefix("torch.")
     unedited, own = load_model(base, options.device, dtype, options.device_map)
     return EditedSource(edited, others={UNEDITED: _Voice(unedited, own, turn), EDITED: edited})
+
+
+def _adapter(path: Path, options: ModelOptions) -> EditedSource:
+    """A LoRA adapter's model, without and with it."""
+    try:
+        from peft import PeftModel
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError as error:
+        raise SphereError(
+            f"{path} is an adapter, which takes the package peft to be read: install it, or ask the run."
+        ) from error
+    base = options.model_name or read_json(path / ADAPTER_NAME, "adapter").get("base_model_name_or_path")
+    if not base:
+        raise SphereError(f"The adapter {path} does not name its model: name it.", argument="model_name")
+    model, tokenizer = load_model(str(base), options.device, options.dtype, options.device_map)
+    wrapped: Any = PeftModel.from_pretrained(model, str(path))
+    layers = wrapped.base_model.model.named_modules()
+    changed = {
+        f"{name}.weight": m.get_base_layer().weight for name, m in layers if isinstance(m, BaseTunerLayer)
+    }
+    original = {name: weight.detach().to("cpu", copy=True) for name, weight in changed.items()}
+    merged: Any = wrapped.merge_and_unload()
+    weights = EditedWeights(merged, list(original))
+    states: dict[str, Mapping[str, Tensor]] = {UNEDITED: original, EDITED: weights.snapshot("cpu")}
+    turn = user_turn(tokenizer, options.chat_template)
+    return EditedSource(_Voice(merged, tokenizer, turn), weights, states)
 
 
 def _base_model(path: Path) -> str | None:
