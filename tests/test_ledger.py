@@ -25,6 +25,7 @@ from sphere.data.records import load_records
 from sphere.errors import SphereError
 from sphere.evaluation.evaluate_run import evaluate_run
 from sphere.evaluation.undo import REDO, UNDO, Choice, change
+from sphere.export import export_run
 from sphere.factors import BatchUpdates, Factors
 from sphere.models import load_model
 from sphere.rules import CondenseSpectrum, Revive, Sphere
@@ -253,6 +254,17 @@ def test_scores_of_a_run_say_what_is_undone(run: Path, tiny: TinyRun) -> None:
     records = load_records("starter", tiny.folder / "data")
     summary = evaluate_run(model, tokenizer, run, records, progress=False)
     assert "2 of 6 edits are undone" in summary["notes"]["undone"]
+
+
+def test_an_export_is_without_what_is_undone(run: Path, tmp_path: Path) -> None:
+    change(run, UNDO, Choice(batch=1))
+    folder = export_run(run, "hf", tmp_path / "out", device="cpu").folder
+    model, _ = load_model(str(folder), device="cpu")
+    for name, weight in read_weights(run / f"edit_{N}.safetensors").items():
+        assert torch.equal(model.get_parameter(name), weight)
+    card, facts = (folder / "README.md").read_text(), [r for e in read_entries(run) for r in e.requests]
+    assert "2 of the 6 edits were undone" in card
+    assert [r.text in card for r in facts] == [False, False, True, True, True, True]
 
 
 def _undo(folder: str, fatal_step: int) -> None:

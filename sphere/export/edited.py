@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sphere.checkpoints import Checkpoint, list_checkpoints, read_config
+from sphere.checkpoints import Checkpoint, list_checkpoints, read_config, undone_in
 from sphere.data.records import FILES, SHIPPED, Record, load_records
 from sphere.errors import SphereError
 from sphere.evaluation.evaluate_run import edited_records
@@ -39,7 +39,8 @@ class EditedRun:
         weights: the weights that the run edits, in that model.
         original: the same before all edits, in the model's own orientation, on the CPU.
         edited: the same after `n_edits`.
-        notes: sentences on what could not be verified.
+        notes: sentences on what could not be verified, and on what was undone.
+        undone: case_ids of the edits that are not in the weights any more.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class EditedRun:
     original: dict[str, Tensor]
     edited: dict[str, Tensor]
     notes: list[str]
+    undone: frozenset[int] = frozenset()
 
     def change(self, name: str) -> Tensor:
         """What the edits did to a weight (out x in), in float64."""
@@ -60,11 +62,12 @@ class EditedRun:
         return self.weights.canonical(name, change)
 
     def records(self) -> list[Record]:
-        """The facts that were edited, in their order; [] where they are not at hand."""
+        """The facts that are edited in it, in their order; [] where they are not at hand."""
         if not self.n_edits or "case_ids" not in self.config:
             return []
         try:
-            return edited_records(self._facts(), self.n_edits, self.config, self.folder)
+            found = edited_records(self._facts(), self.n_edits, self.config, self.folder)
+            return [record for record in found if record.case_id not in self.undone]
         except SphereError:
             return []
 
@@ -150,8 +153,22 @@ def load_edited(
         pass
     edited = EditedWeights(model, weights.names)
     notes = [states.note] if states.note else []
+    undone = undone_in(chosen.path) if chosen else frozenset()
+    if undone:
+        notes.append(f"{len(undone)} of the {n_edits} edits were undone (`sphere undo`) and are not in it.")
     return EditedRun(
-        folder, config, name, n_edits, model.dtype, model, tokenizer, edited, original, edited.stored(), notes
+        folder,
+        config,
+        name,
+        n_edits,
+        model.dtype,
+        model,
+        tokenizer,
+        edited,
+        original,
+        edited.stored(),
+        notes,
+        undone,
     )
 
 
