@@ -192,6 +192,7 @@ def test_it_is_replaced_as_a_whole(old: tuple[TinyRun, RunConfig, Path]) -> None
         "batches.jsonl",
         "edit_0.safetensors",
         "edit_2.safetensors",
+        "ledger",
         "notes.txt",
         "resume.safetensors",
         "run.json",

@@ -89,6 +89,14 @@ def test_a_7b_model_fits_80_gb_with_room_and_24_gb_with_conserve_memory(qwen, me
     assert tight.peak(DISK) == roomy.peak(DISK)
 
 
+def test_the_disk_holds_the_ledger(qwen):
+    per_edit, whole = 4 * 5 * (3584 + 18944), 4 * 5 * 3584 * 18944
+    assert size_of(plan_7b(qwen), "ledger") == 5000 * per_edit
+    assert not [item for item in plan_7b(qwen, alg_name="MEMIT_rect").items if "ledger" in item.what]
+    assert size_of(plan_7b(qwen, alg_name="MEMIT_rect", ledger="all"), "ledger") == 50 * whole
+    assert not [item for item in plan_7b(qwen, ledger="none").items if "ledger" in item.what]
+
+
 def test_the_plan_grows_with_what_it_should(qwen):
     base = plan_7b(qwen)
     most = 18944 + 18944 // 8 + 100  # a matrix, an eighth of it, and a batch

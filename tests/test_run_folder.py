@@ -146,10 +146,11 @@ def test_overwriting_removes_all_of_the_old_run_and_nothing_else(tiny: TinyRun) 
         (folder / name).write_text("mine")
     execute(replace(config, overwrite=True, dataset_size_limit=2, tensorboard=False))
     new = {"run.json", "batches.jsonl", "edit_0.safetensors", "edit_2.safetensors", "resume.safetensors"}
+    new |= {"ledger/batch_2.safetensors"}
     assert everything(folder).keys() == new | kept
     assert all((folder / name).read_text() == "mine" for name in kept)
     places = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_dir()}
-    assert places == {"summary", "report", "report/figures", "rect_eval", "rect_eval/edit_2"}
+    assert places == {"ledger", "summary", "report", "report/figures", "rect_eval", "rect_eval/edit_2"}
 
 
 @pytest.mark.parametrize("name", ["edit_3.safetensors", "edit_2.pth", "edit_2", "summary/cases_edit_3.jsonl"])

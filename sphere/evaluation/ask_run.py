@@ -7,7 +7,7 @@ asking itself is `sphere.answers`'s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,6 @@ def _adapter(path: Path, options: ModelOptions) -> EditedSource:
     """A LoRA adapter's model, without and with it."""
     try:
         from peft import PeftModel
-        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise SphereError(
             f"{path} is an adapter, which takes the package peft to be read: install it, or ask the run."
@@ -177,9 +176,11 @@ def _adapter(path: Path, options: ModelOptions) -> EditedSource:
         raise SphereError(f"The adapter {path} does not name its model: name it.", argument="model_name")
     model, tokenizer = load_model(str(base), options.device, options.dtype, options.device_map)
     wrapped: Any = PeftModel.from_pretrained(model, str(path))
-    layers = wrapped.base_model.model.named_modules()
+    layers: Iterable[tuple[str, Any]] = wrapped.base_model.model.named_modules()
     changed = {
-        f"{name}.weight": m.get_base_layer().weight for name, m in layers if isinstance(m, BaseTunerLayer)
+        f"{name}.weight": layer.get_base_layer().weight
+        for name, layer in layers
+        if hasattr(layer, "get_base_layer")  # what peft has put around a module
     }
     original = {name: weight.detach().to("cpu", copy=True) for name, weight in changed.items()}
     merged: Any = wrapped.merge_and_unload()

@@ -13,7 +13,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -31,17 +30,16 @@ from sphere.errors import SphereError
 from sphere.evaluation.run_model import ModelOptions, load_run_model
 from sphere.evaluation.scoring import Case, RecordScorer
 from sphere.evaluation.states import RunStates
-from sphere.files import atomic_path, remove_leftovers
+from sphere.files import atomic_path
 from sphere.hparams import hparams_from_dict
 from sphere.lock import locked
 from sphere.methods import get_method
-from sphere.methods.chosen_rules import chosen_rules
 from sphere.ready_rules import ReadyRules
 from sphere.requests import EditRequest
-from sphere.runs.config import RunConfig, alpha_of, beta_hse_of, config_in, rules_of
-from sphere.runs.folder import ORIGINAL_NAME, finish_beginning
+from sphere.runs.config import config_in
+from sphere.runs.folder import LEDGER_FOLDER, ORIGINAL_NAME, clean_up
+from sphere.runs.hparams import run_rules
 from sphere.runs.ledger import (
-    FOLDER,
     Entry,
     add_to_history,
     current_edits,
@@ -118,9 +116,7 @@ def change(folder: str | Path, what: str, choice: Choice, options: ModelOptions 
     folder = Path(folder)
     list_checkpoints(folder)  # a wrong folder is reported before anything is locked
     with locked(folder):
-        finish_beginning(folder)
-        remove_leftovers(folder)
-        remove_leftovers(folder / FOLDER)
+        clean_up(folder)
         n_edits, entries = current_edits(folder), read_entries(folder)
         undone = undone_cases(folder, n_edits)
         chosen = _chosen(entries, undone, what, choice)
@@ -203,7 +199,9 @@ class _State:
         RunStates(self.model, self.tokenizer, folder)  # refuses another model
         self.original = read_weights(folder / ORIGINAL_NAME)
         self.weights = EditedWeights(self.model, list(self.original))
-        self.ready = ReadyRules(_rules(stored), self.weights, self.original)
+        config = config_in(stored)
+        hparams = hparams_from_dict(stored["hparams"], get_method(config.alg_name).hparams_class)
+        self.ready = ReadyRules(run_rules(config, hparams), self.weights, self.original)
         self.now = self._now()
 
     def _now(self) -> dict[str, Tensor]:
@@ -257,23 +255,7 @@ class _State:
 
 def _kept_path(folder: Path, n_edits: int) -> Path:
     """Where the state after so many edits is kept as it was edited."""
-    return folder / FOLDER / f"edit_{n_edits}.safetensors"
-
-
-def _rules(stored: Mapping[str, Any]) -> Any:
-    """The update rules of a run, as its `run.json` says."""
-    config: RunConfig = config_in(stored)
-    kind = get_method(config.alg_name)
-    return chosen_rules(
-        kind,
-        hparams_from_dict(stored["hparams"], kind.hparams_class),
-        rules=rules_of(config),
-        beta_hse=beta_hse_of(config),
-        alpha=alpha_of(config),
-        directions=config.directions,
-        revive_tau=config.revive_tau,
-        seed=config.seed,
-    )
+    return folder / LEDGER_FOLDER / f"edit_{n_edits}.safetensors"
 
 
 def _efficacy(cases: Sequence[Case], chosen: Collection[int]) -> Efficacy:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 TENSORBOARD_FOLDER = "tensorboard"
 FACTS_NAME = "facts.json"
+LEDGER_FOLDER = "ledger"  # `sphere.runs.ledger`
 JOB_NAME = "job.json"  # of a sweep, beside the run that is the job
 ORIGINAL_NAME = "edit_0.safetensors"
 STAGED_NAME = f".{ORIGINAL_NAME}.next_run{LEFTOVER}"  # a leftover, unless run.json says that it is awaited
@@ -75,8 +76,7 @@ def open_folder(folder: Path, *, continue_from_run: bool, overwrite: bool) -> di
     Raises:
         SphereError: there is no run to continue, or something in the folder that nobody has given up.
     """
-    finish_beginning(folder)
-    remove_leftovers(folder)
+    clean_up(folder)
     config = read_config(folder)
     if continue_from_run and not config:
         there = foreign_files(folder)
@@ -134,6 +134,13 @@ def begin(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]
             staged.unlink(missing_ok=True)
         raise
     finish_beginning(folder)
+
+
+def clean_up(folder: Path) -> None:
+    """Do what a kill has left undone of a beginning, and remove the temporary files that it has left."""
+    finish_beginning(folder)
+    remove_leftovers(folder)
+    remove_leftovers(folder / LEDGER_FOLDER)
 
 
 def finish_beginning(folder: Path) -> None:

@@ -16,9 +16,11 @@ from sphere.errors import SphereError
 from sphere.files import atomic_path
 from sphere.hparams import ModuleHParams, load_hparams
 from sphere.methods import get_method
+from sphere.methods.chosen_rules import chosen_rules
 from sphere.models import meta_model, model_label
 from sphere.resources import find
-from sphere.runs.config import RunConfig, hparams_path
+from sphere.rules import RuleSet
+from sphere.runs.config import RunConfig, alpha_of, beta_hse_of, hparams_path, rules_of
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,24 @@ def hparams_of(config: RunConfig) -> ModuleHParams:
     if near := _of_a_name_that_begins_it(path):
         log.info("%s is for a model whose name is the beginning of this one's: --hparams_fname=%s", *near)
     return hparams
+
+
+def run_rules(config: RunConfig, hparams: ModuleHParams) -> RuleSet:
+    """The update rules of a run.
+
+    Raises:
+        SphereError: an unknown rule, or a number out of its range.
+    """
+    return chosen_rules(
+        get_method(config.alg_name),
+        hparams,
+        rules=rules_of(config),
+        beta_hse=beta_hse_of(config),
+        alpha=alpha_of(config),
+        directions=config.directions,
+        revive_tau=config.revive_tau,
+        seed=config.seed,
+    )
 
 
 def hparams_source(config: RunConfig) -> Path:

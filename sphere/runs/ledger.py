@@ -31,13 +31,14 @@ from sphere.errors import SphereError
 from sphere.factors import BatchUpdates, Factors
 from sphere.files import append_line, atomic_path
 from sphere.requests import EditRequest
+from sphere.runs.config import RunConfig
+from sphere.runs.folder import LEDGER_FOLDER
+from sphere.runs.memory import Sizes
 
 log = logging.getLogger(__name__)
 
-FOLDER = "ledger"
 HISTORY_NAME = "history.jsonl"
 FORMAT = 1
-LEDGER = ("auto", "all", "none")  # which updates are kept: see `keeps_whole`
 WHOLE_BYTES = 2**30  # of a run's whole updates, up to which "auto" keeps them
 LEFT, RIGHT, WHOLE = "left/", "right/", "whole/"
 
@@ -74,7 +75,7 @@ class Ledger:
     """What a run that is being made writes into its ledger.
 
     Args:
-        keep: of LEDGER.
+        keep: the setting `ledger`: auto, all or none.
         n_batches: of the run, which decides whether "auto" keeps whole updates.
 
     Attributes:
@@ -83,7 +84,8 @@ class Ledger:
 
     def __init__(self, folder: Path, editor: Editor, keep: str, n_batches: int) -> None:
         self.folder, self.editor, self.keep = folder, editor, keep
-        self.keep_whole = keeps_whole(keep, editor, n_batches)
+        size = sum(editor.weights.get(name).nbytes for name in editor.weights.names)
+        self.keep_whole = keeps_whole(keep, n_batches * size)
         self.undone = undone_cases(folder, editor.n_edits)  # in the editor's weights, and in all that follow
 
     def updates(self, n_requests: int) -> BatchUpdates | None:
@@ -119,15 +121,28 @@ class Ledger:
             save_file(tensors, temporary, metadata={"ledger": content})
 
 
-def keeps_whole(keep: str, editor: Editor, n_batches: int) -> bool:
+def keeps_whole(keep: str, n_bytes: int) -> bool:
     """Whether updates that are no sums over facts are kept: by "auto" where those of a run take at most 1 GiB."""
-    size = n_batches * sum(editor.weights.get(name).nbytes for name in editor.weights.names)
-    return keep == "all" or (keep == "auto" and size <= WHOLE_BYTES)
+    return keep == "all" or (keep == "auto" and n_bytes <= WHOLE_BYTES)
+
+
+def ledger_bytes(config: RunConfig, sums: bool, sizes: Sizes) -> int:
+    """What a run's ledger will take on the disk.
+
+    Args:
+        sums: whether the updates are sums over facts.
+    """
+    if config.ledger == "none":
+        return 0
+    if sums:
+        return sizes.exact_bytes * sizes.n_edits * sum(map(sum, sizes.edited))
+    whole = sizes.exact_bytes * sizes.entries * -(-sizes.n_edits // sizes.num_edits)
+    return whole if keeps_whole(config.ledger, whole) else 0
 
 
 def batch_path(folder: Path, n_edits: int) -> Path:
     """The file of the batch that ends after so many edits."""
-    return folder / FOLDER / f"batch_{n_edits}.safetensors"
+    return folder / LEDGER_FOLDER / f"batch_{n_edits}.safetensors"
 
 
 def read_entries(folder: str | Path) -> list[Entry]:
@@ -148,7 +163,9 @@ def read_entries(folder: str | Path) -> list[Entry]:
 
 
 def _batch_files(folder: Path) -> list[Path]:
-    return [path for path in (folder / FOLDER).glob("batch_*.safetensors") if path.stem[6:].isdecimal()]
+    return [
+        path for path in (folder / LEDGER_FOLDER).glob("batch_*.safetensors") if path.stem[6:].isdecimal()
+    ]
 
 
 def current_edits(folder: str | Path) -> int:
@@ -218,7 +235,7 @@ def _damaged(path: Path, error: Exception) -> SphereError:
 
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
     """What was undone and redone, in order; a last line that a kill has cut is left out."""
-    path = Path(folder) / FOLDER / HISTORY_NAME
+    path = Path(folder) / LEDGER_FOLDER / HISTORY_NAME
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     events = []
     for line in lines:
@@ -231,7 +248,7 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 
 def add_to_history(folder: Path, event: Mapping[str, Any]) -> None:
     """Add a line to the history, behind whatever a kill has left of the one before."""
-    path = folder / FOLDER / HISTORY_NAME
+    path = folder / LEDGER_FOLDER / HISTORY_NAME
     cut = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     append_line(path, ("\n" if cut else "") + json.dumps(event))
 

@@ -24,8 +24,10 @@ from sphere.forward.scorer import LOGIT_VALUES
 from sphere.hparams import HParams, ModuleHParams, TargetHParams
 from sphere.methods import Method, get_method
 from sphere.models import DTYPES, meta_model, model_label, resolve_device
-from sphere.runs.config import RunConfig, alpha_of, beta_hse_of
-from sphere.runs.hparams import hparams_of
+from sphere.rules import RuleSet
+from sphere.runs.config import RunConfig, beta_hse_of
+from sphere.runs.hparams import hparams_of, run_rules
+from sphere.runs.ledger import ledger_bytes
 from sphere.runs.memory import DEVICE, DISK, FLOAT32, HOST, PHASES, Item, Sizes
 from sphere.runs.method_memory import memory_of
 from sphere.runs.operation_counter import Counted, count, edited_shapes
@@ -114,7 +116,7 @@ def plan_run(config: RunConfig) -> Plan:
     method = get_method(config.alg_name)
     hparams = hparams_of(config)
     beta_hse = beta_hse_of(config)
-    method.rules(hparams, beta_hse, alpha_of(config))
+    rules = run_rules(config, hparams)
     device = _device_type(config.device)
     model = meta_model(config.model_name, config.dtype, device)
     stack = LayerStack(model, hparams)
@@ -139,6 +141,7 @@ def plan_run(config: RunConfig) -> Plan:
         *_writing(sizes, bool(beta_hse)),
         *_scoring(shape, sizes, config.passes.scoring_tokens(device)),
         *_files(sizes),
+        _ledger(config, method, rules, sizes),
     ]
     return Plan(
         title=_title(config, stack, sizes, device),
@@ -284,6 +287,12 @@ def _files(sizes: Sizes) -> list[Item]:
             DISK,
         ),
     ]
+
+
+def _ledger(config: RunConfig, method: type[Method], rules: RuleSet, sizes: Sizes) -> Item:
+    sums = method.factors is not Method.factors and all(hasattr(rule, "factored") for rule in rules.each)
+    formula = "4 N (out + in)" if sums else "4 E per batch"
+    return Item("ledger of what edits added", formula, ledger_bytes(config, sums, sizes), DISK)
 
 
 # ---- operations of a batch ----
