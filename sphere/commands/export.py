@@ -2,6 +2,7 @@
 
     sphere export RUN --to hf OUT      a folder for transformers and vLLM
     sphere export RUN --to peft OUT    a LoRA adapter
+    sphere export RUN --to gguf OUT    for llama.cpp
 
 OUT is a new folder; nothing is written over. What was written is loaded again and compared with the edited model on 20
 prompts, and the largest difference is printed, before OUT gets its name. A model card (README.md) says what was edited,
@@ -23,9 +24,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to be made")
     parser.add_argument(
         "--to",
-        choices=("hf", "peft"),
+        choices=("hf", "peft", "gguf"),
         default="hf",
-        help="hf: a folder of safetensors, for transformers and vLLM; peft: a LoRA adapter, for peft and vLLM",
+        help="hf: a folder of safetensors, for transformers and vLLM; peft: a LoRA adapter for these; gguf, for "
+        "llama.cpp: the file that the model came as with the edited tensors replaced, or a LoRA adapter",
     )
     parser.add_argument(
         "--checkpoint",
@@ -44,7 +46,15 @@ def parser() -> argparse.ArgumentParser:
         "--rank",
         type=positive_int,
         default=None,
-        help="peft: the best adapter of this rank (default: the edits' own rank, which is exact)",
+        help="of an adapter: the best adapter of this rank (default: the edits' own rank, which is exact)",
+    )
+    parser.add_argument(
+        "--quant",
+        default=None,
+        help="gguf: type of the edited tensors, e.g. f16 or q8_0 (default: their own in the file; f32 for adapters)",
+    )
+    parser.add_argument(
+        "--adapter", action="store_true", help="gguf: a LoRA adapter although the model came as GGUF"
     )
     add_settings(
         parser,
@@ -66,7 +76,13 @@ def main(argv: list[str] | None = None) -> int:
         args.run,
         args.to,
         args.out,
-        ExportOptions(dtype=args.dtype, shard_size=args.shard_size, rank=args.rank),
+        ExportOptions(
+            dtype=args.dtype,
+            shard_size=args.shard_size,
+            rank=args.rank,
+            quant=args.quant,
+            adapter=args.adapter,
+        ),
         checkpoint=args.checkpoint,
         model_name=args.model_name,
         device=args.device,

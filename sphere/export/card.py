@@ -31,14 +31,14 @@ def card(run: EditedRun, form: str, made: Sequence[str], checked: Sequence[str],
         form: what it is, in a few words.
         made: sentences on what was written.
         checked: sentences on how it compares with the edited model.
-        usage: Python that loads it.
+        usage: how it is loaded, as Markdown.
     """
     label = model_label(run.model_name)
     sections = [
         _front_matter(run),
         f"# {label}, edited" if run.n_edits else f"# {label}",
         "\n\n".join([f"{_what(run)}, as {form}.", *made]),
-        f"## Use\n\n```python\n{usage}\n```",
+        f"## Use\n\n{usage}",
         "## Compared with the edited model\n\n" + "\n\n".join([*checked, *run.notes]),
     ]
     if run.n_edits:

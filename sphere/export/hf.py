@@ -57,12 +57,16 @@ class HuggingFaceFolder:
         gc.collect()
         return load_model(str(folder), device, dtype, device_map)[0]
 
+    def title(self) -> str:
+        """What it is, in a few words."""
+        return "a whole model"
+
     def usage(self, run: EditedRun, out: str) -> str:
-        """How it is loaded, in Python."""
+        """How it is loaded, as Markdown."""
         return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{out}")\n'
-            f'tokenizer = AutoTokenizer.from_pretrained("{out}")'
+            f'tokenizer = AutoTokenizer.from_pretrained("{out}")\n```'
         )
 
 

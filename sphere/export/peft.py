@@ -71,8 +71,12 @@ class PeftAdapter:
         run.weights.restore(adapted(run, factors))
         return run.model
 
+    def title(self) -> str:
+        """What it is, in a few words."""
+        return "a LoRA adapter"
+
     def usage(self, run: EditedRun, out: str) -> str:
-        """How it is loaded, in Python."""
+        """How it is loaded, as Markdown."""
         embedded = run.model_name in EMBEDDED
         load = (
             "from sphere import load_model" if embedded else "from transformers import AutoModelForCausalLM"

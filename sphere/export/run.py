@@ -16,14 +16,14 @@ from sphere.errors import SphereError
 from sphere.export.card import card
 from sphere.export.checks import Comparison, check_same, questions_of
 from sphere.export.edited import EditedRun, load_edited
+from sphere.export.gguf import GgufForm
 from sphere.export.hf import SHARD_SIZE, HuggingFaceFolder
 from sphere.export.peft import PeftAdapter
 from sphere.files import atomic_folder
 
 log = logging.getLogger(__name__)
 
-FORMS = ("hf", "peft")
-TITLES = {"hf": "a whole model", "peft": "a LoRA adapter"}
+FORMS = ("hf", "peft", "gguf")
 CARD_NAME = "README.md"
 
 
@@ -35,11 +35,15 @@ class ExportOptions:
         dtype: of the weights that are written; None: as the model was edited, and float32 for adapters.
         shard_size: the largest size of one of hf's files.
         rank: of an adapter; None: the edits' own, which is exact.
+        quant: gguf: type of the edited tensors; None: their own in the file, and f32 for adapters.
+        adapter: gguf: a LoRA adapter although the model came as GGUF.
     """
 
     dtype: str | None = None
     shard_size: str = SHARD_SIZE
     rank: int | None = None
+    quant: str | None = None
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,11 @@ class Form(Protocol):
     def read(self, run: EditedRun, folder: Path, device: str, device_map: str | None) -> PreTrainedModel:
         """The model that was written, from its files; the run's own model may be given up or used for it."""
 
+    def title(self) -> str:
+        """What was written, in a few words."""
+
     def usage(self, run: EditedRun, out: str) -> str:
-        """Python that loads it."""
+        """How it is loaded, as Markdown."""
 
 
 def export_run(
@@ -110,7 +117,7 @@ def export_run(
         check_same(written, exported, model.dtype, f"The {form} export")
         comparison = questions.compare(edited, exported)
         usage = writer.usage(run, str(out))
-        text = card(run, TITLES[form], made, comparison.lines(), usage)
+        text = card(run, writer.title(), made, comparison.lines(), usage)
         (temporary / CARD_NAME).write_text(text, "utf-8")
     return Export(out, run.n_edits, made, comparison)
 
@@ -120,4 +127,6 @@ def _form(name: str, options: ExportOptions) -> Form:
         return HuggingFaceFolder(options.dtype, options.shard_size)
     if name == "peft":
         return PeftAdapter(options.rank, options.dtype)
+    if name == "gguf":
+        return GgufForm(options.quant, options.adapter, options.rank)
     raise SphereError(f"Unknown form '{name}': use one of {', '.join(FORMS)}.", argument="to")
