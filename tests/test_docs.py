@@ -33,7 +33,7 @@ SOURCE = re.compile(
     r"`((?:sphere|baselines|experiments|scripts|benchmarks|tests|hparams|data|docs)/[\w./-]*)(?:::([\w.]+))?`"
 )
 # Flags of other programs that the pages name.
-FOREIGN = {"no", "nproc_per_node", "launcher"}
+FOREIGN = {"no", "nproc_per_node", "launcher", "lora"}
 
 
 def page_id(path: Path) -> str:

@@ -18,8 +18,8 @@ from sphere.checkpoints import Checkpoint, list_checkpoints, read_config, undone
 from sphere.data.records import FILES, SHIPPED, Record, load_records
 from sphere.errors import SphereError
 from sphere.evaluation.evaluate_run import edited_records
+from sphere.evaluation.run_model import ModelOptions, load_run_model, model_of
 from sphere.evaluation.states import RunStates
-from sphere.models import load_model
 from sphere.runs.facts_file import read_run_facts
 from sphere.runs.folder import FACTS_NAME
 from sphere.weights import EditedWeights
@@ -99,20 +99,6 @@ def chosen_checkpoint(folder: str | Path, n_edits: int | None) -> Checkpoint | N
     return there[n_edits]
 
 
-def base_name(folder: Path, model_name: str | None) -> str:
-    """What the model that a run started from is loaded by: the given name, else the one that run.json has.
-
-    Raises:
-        SphereError: neither is there.
-    """
-    found = model_name or read_config(folder).get("model_name")
-    if not found:
-        raise SphereError(
-            f"{folder} does not say which model was edited (no run.json): name it.", argument="model_name"
-        )
-    return str(found)
-
-
 def load_edited(
     folder: str | Path,
     checkpoint: int | None = None,
@@ -133,10 +119,11 @@ def load_edited(
     """
     folder = Path(folder)
     chosen = chosen_checkpoint(folder, checkpoint)
-    config, name = read_config(folder), base_name(folder, model_name)
-    dtype = str(config.get("model_dtype", "auto")).removeprefix("torch.")
+    config = read_config(folder)
+    options = ModelOptions(model_name=model_name, device=device, device_map=device_map)
+    name, _ = model_of(folder, config, options)
     try:
-        model, tokenizer = load_model(name, device, dtype, device_map)
+        model, tokenizer = load_run_model(folder, config, options)
     except SphereError as error:
         if "model_name" not in error.arguments:
             raise
