@@ -166,4 +166,4 @@ def command(
 
 def contents(folder: Path, pattern: str = "edit_*.safetensors") -> dict[str, bytes]:
     """Name -> bytes of a run's files."""
-    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern))}
+    return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern)) if path.is_file()}
