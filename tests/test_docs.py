@@ -152,11 +152,12 @@ def test_every_page_is_in_the_navigation():
     assert all((DOCS / page).exists() for page in pages(navigation))
 
 
-def test_the_figure_is_that_of_its_table(tmp_path: Path):
-    from scripts.draw_figures import draw, scores
+def test_figures_are_those_of_their_tables(tmp_path: Path):
+    from scripts.draw_figures import DRAWINGS, draw
 
-    draw(scores((DOCS / "results.md").read_text("utf-8")), tmp_path / "figure.svg")
-    assert (tmp_path / "figure.svg").read_bytes() == (DOCS / "figures" / "memit_1000.svg").read_bytes()
+    for drawn in DRAWINGS:
+        draw(drawn, (DOCS / "results.md").read_text("utf-8"), tmp_path / "figure.svg")
+        assert (tmp_path / "figure.svg").read_bytes() == (DOCS / "figures" / f"{drawn.name}.svg").read_bytes()
 
 
 def test_the_table_of_the_readme_is_that_of_the_results():

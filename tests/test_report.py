@@ -287,6 +287,35 @@ def test_published_checkpoints_alone(tmp_path):
     assert len(Tags(make_report([folder], progress=False).read_text()).images) == 2  # energies and cosines
 
 
+def test_a_scored_run_whose_weights_have_been_removed(tmp_path):
+    folder = fake_run(tmp_path)
+    (whole,) = load_runs([folder])
+    measure([whole], progress=False)
+    for path in folder.glob("edit_*"):
+        path.unlink()
+    (run,) = load_runs([folder])
+    measure([run], progress=False)
+    assert run.n_edits == whole.n_edits
+    assert run.energy_changes == whole.energy_changes
+    assert not run.cosines
+    assert "its checkpoints have been removed" in make_report([folder], progress=False).read_text()
+    shutil.rmtree(folder / "summary")
+    with pytest.raises(SphereError, match="No checkpoints"):
+        load_run(folder)
+
+
+def test_the_tables_as_markdown(page, runs):
+    text = (page.parent / "tables.md").read_text()
+    first, *others = (
+        [re.split(r" (?<!\\)\| ?", line[2:])[:-1] for line in block.splitlines() if line[:1] == "|"]
+        for block in text.split("## ")[1:]
+    )
+    head, rule, *rows = first
+    assert [row[0] for row in rows] == [run.label for run in runs]
+    assert len(rule) == len(head)
+    assert all(len({len(row) for row in rows}) == 1 for rows in others)
+
+
 def test_figures_of_an_earlier_report_are_removed(tmp_path):
     folder = fake_run(tmp_path, batches=1, scored=False)
     figures = make_report([folder], progress=False).parent / "figures"

@@ -3,8 +3,8 @@
 Shows whatever the folders hold: run.json and batches.jsonl of `sphere edit`, summary/ and rect_eval/ of `sphere score`,
 and the checkpoints. Runs that edited the same facts in the same order, and that differ in nothing but SPHERE and the
 rules, are compared fact by fact with the plain one among them. Loads no model. Writes report/report.html,
-report/paired.json and report/figures/. `python -m scripts.report` is the
-same command, in a checkout.
+report/tables.md, report/paired.json and report/figures/. `python -m scripts.report` is the same command, in a
+checkout.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Figures and one self-contained HTML page that compare any number of runs.
 
     <out>/report/report.html             the page, with its figures inside
+    <out>/report/tables.md               its tables as Markdown, for a page or a paper of one's own
     <out>/report/paired.json             differences between runs that edited the same facts in the same order
     <out>/report/figures/<name>.svg      each figure, also as .png
 
@@ -21,13 +22,14 @@ from sphere.report.figures import draw
 from sphere.report.page import png, render, svg
 from sphere.report.pairs import UNITS, compare, paired_lines
 from sphere.report.style import drawing
-from sphere.report.tables import tables
+from sphere.report.tables import markdown, tables
 from sphere.runs.config import PROGRAM
 from sphere.runs.folder import RUN_FILE
 
 FOLDER = "report"
 PAGE_NAME = "report.html"
 PAIRED_NAME = "paired.json"
+TABLES_NAME = "tables.md"
 FIGURES = "figures"
 
 
@@ -49,8 +51,8 @@ def make_report(
         The page.
 
     Raises:
-        SphereError: a folder without checkpoints, an unreadable file, a run that cannot be compared with `against`, or
-            no room to write.
+        SphereError: a folder without checkpoints or scores, an unreadable file, a run that cannot be compared with
+            `against`, or no room to write.
     """
     compared_with = None if against is None else Path(against)
     runs = load_runs([*folders, *([compared_with] if compared_with else [])])
@@ -62,7 +64,8 @@ def make_report(
         command += [flag, str(value)] if value else []
     with drawing():
         figures = [(drawn, svg(drawn)) for drawn in draw(runs, pairs)]
-        page = render(runs, figures, tables(runs, pairs), shlex.join(command))
+        made = tables(runs, pairs)
+        page = render(runs, figures, made, shlex.join(command))
         files = {f"{drawn.name}.svg": image for drawn, image in figures}
         files |= {f"{drawn.name}.png": png(drawn) for drawn, _ in figures}
     with locked(place):
@@ -73,6 +76,8 @@ def make_report(
             with atomic_path(place / FIGURES / name) as temporary:
                 temporary.write_bytes(content)
         write_json(place / PAIRED_NAME, {"units": UNITS, "pairs": pairs})
+        with atomic_path(place / TABLES_NAME) as temporary:
+            temporary.write_text("\n".join(map(markdown, made)), "utf-8")
         with atomic_path(place / PAGE_NAME) as temporary:
             temporary.write_text(page, "utf-8")
     return place / PAGE_NAME

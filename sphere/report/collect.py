@@ -45,6 +45,7 @@ class RunData:
     Attributes:
         config: `run.json`; for a run without one (published .pth files) what the folder's name says.
         described: whether there is a `run.json`.
+        checkpoints: by number of edits; [] where the weights of a scored run have been removed.
         batches: lines of the editing log, in order.
         summary: `summary/summary.json`, or None.
         downstream: `rect_eval/summary.json`, or None.
@@ -91,8 +92,13 @@ class RunData:
 
     @property
     def n_edits(self) -> int:
-        """Edits up to the last checkpoint."""
-        return self.checkpoints[-1].n_edits
+        """Edits up to the last checkpoint, or the last scored one where the weights are gone."""
+        return self.checkpoints[-1].n_edits if self.checkpoints else self.rows[-1]["n_edits"]
+
+    @property
+    def has_original(self) -> bool:
+        """Whether the unedited weights are at hand."""
+        return bool(self.checkpoints) and self.checkpoints[0].n_edits == 0
 
     @property
     def model(self) -> str:
@@ -104,7 +110,7 @@ def load_runs(folders: Sequence[str | Path]) -> list[RunData]:
     """Runs with distinct labels; a folder given twice counts once.
 
     Raises:
-        SphereError: a folder without checkpoints, or a file in it that is not what it should be.
+        SphereError: a folder without checkpoints or scores, or a file in it that is not what it should be.
     """
     runs = [
         load_run(folder) for folder in {Path(folder).resolve(): Path(folder) for folder in folders}.values()
@@ -116,9 +122,14 @@ def load_runs(folders: Sequence[str | Path]) -> list[RunData]:
 
 def load_run(folder: Path) -> RunData:
     """One run, without label and measurements."""
-    checkpoints = list_checkpoints(folder)
-    config = read_config(folder)
     summary = _optional(folder / SUMMARY_FOLDER / SUMMARY_NAME, "summary of scores")
+    try:
+        checkpoints = list_checkpoints(folder)
+    except SphereError:
+        if summary is None:
+            raise
+        checkpoints = []  # large, and no longer needed once they are scored
+    config = read_config(folder)
     if summary is not None:
         _check_summary(summary, folder)
     downstream = _optional(folder / DOWNSTREAM_FOLDER / DOWNSTREAM_SUMMARY, "downstream summary")
@@ -219,9 +230,8 @@ def measure(runs: Sequence[RunData], progress: bool = True) -> None:
         run.energy_changes = scored_changes(run.scored) | logged_energy_changes(run.batches)
     bar = tqdm(steps, desc="measuring", unit="checkpoint", disable=not progress)
     for run, checkpoint in bar:
-        has_original = run.checkpoints[0].n_edits == 0
-        ends = (run.checkpoints[0], run.checkpoints[-1]) if has_original else ()
-        lacking = has_original and checkpoint.n_edits not in run.energy_changes and checkpoint.n_edits
+        ends = (run.checkpoints[0], run.checkpoints[-1]) if run.has_original else ()
+        lacking = run.has_original and checkpoint.n_edits not in run.energy_changes and checkpoint.n_edits
         if not lacking and checkpoint not in ends:
             continue
         weights = _Weights(run, checkpoint, cache)

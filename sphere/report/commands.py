@@ -75,7 +75,10 @@ def missing(runs: Sequence[RunData]) -> list[tuple[str, str | None]]:
                     _log_command(run),
                 )
             )
-        if run.checkpoints[0].n_edits:
+        if not run.checkpoints:
+            text = "its checkpoints have been removed; all but the neurons' cosines is from its scores and its log."
+            notes.append((f"{run.label}: {text}", None))
+        elif not run.has_original:
             text = "there is no edit_0, so that energies and cosines of the unedited weights are unknown."
             notes.append((f"{run.label}: {text}", None))
         if not run.described:

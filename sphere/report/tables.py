@@ -46,6 +46,15 @@ class Table:
         return {i for line in self.lines[1:] for i, text in enumerate(line) if text[:1].isalpha()}
 
 
+def markdown(table: Table) -> str:
+    """The table as Markdown, under a heading of its own, with its note."""
+    head, *lines = table.lines
+    rule = ["---" if i in table.text_columns else "---:" for i in range(len(head))]
+    rows = [" | ".join(cell.replace("|", "\\|") for cell in cells) for cells in (head, rule, *lines)]
+    rows = [f"| {row} |" for row in rows]
+    return "\n".join([f"## {table.title}", "", *rows, *(["", table.note] if table.note else []), ""])
+
+
 def tables(runs: Sequence[RunData], pairs: Sequence[Pair] = ()) -> list[Table]:
     """All tables that these runs have the numbers for.
 

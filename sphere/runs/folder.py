@@ -60,7 +60,7 @@ RUN_FILE = re.compile(
           state\.json | (?:reasoning|nli|open_domain_qa|closed_domain_qa)\.jsonl
         | lm_eval/[^/]+(?:\.json|_samples\.jsonl)
       )
-    | report/(?: report\.html | paired\.json | \.lock | \.lock\.json )
+    | report/(?: report\.html | tables\.md | paired\.json | \.lock | \.lock\.json )
     | report/figures/(?:
           energy_change | score | paired | whole_model | energy_against_score | retention | cosines | downstream
           | principal_share
