@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     from sphere.data.records import load_records
     from sphere.evaluation.evaluate_run import evaluate_run
-    from sphere.evaluation.summary import format_table
+    from sphere.evaluation.further_tables import format_summary
 
     run.editor.revert()
     interval = generation_interval(arguments)
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=config.seed,
         processes=run.processes,
     )
-    say(format_table(summary))
+    say(format_summary(summary))
     for note in run.notes.values():
         say(f"Note: {note}")
     say(f"\nScores: {run.folder / 'summary' / 'summary.json'}")

@@ -91,7 +91,7 @@ def _edits(args: argparse.Namespace) -> int:
     from sphere.data.records import load_records
     from sphere.distributed import start
     from sphere.evaluation.evaluate_run import evaluate_run
-    from sphere.evaluation.summary import format_table
+    from sphere.evaluation.further_tables import format_summary
     from sphere.models import load_model
     from sphere.runs.config import OWN_FACTS
     from sphere.runs.facts_file import read_run_facts
@@ -122,7 +122,7 @@ def _edits(args: argparse.Namespace) -> int:
         processes=processes,
     )
     if processes.main:
-        print(format_table(summary))
+        print(format_summary(summary))
         print(f"\nScores: {args.weight_folder / 'summary' / 'summary.json'}")
     return 0
 

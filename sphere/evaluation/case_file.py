@@ -86,4 +86,5 @@ def _line(digest: str, case: Case) -> str:
 
 def _digest(record: Record) -> str:
     """Changes with anything in the record."""
-    return hashlib.sha256(repr(record).encode()).hexdigest()[:16]
+    text = repr(record) + (repr(record.probes) if record.probes else "")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sphere.errors import SphereError
-from sphere.evaluation.summary import METRICS, SCORES, Case, bootstrap_means, interval
+from sphere.evaluation.summary import SCORES, Case, bootstrap_means, interval, metrics_of
 
 
 def paired_differences(first: Sequence[Case], second: Sequence[Case], seed: int = 0) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def paired_differences(first: Sequence[Case], second: Sequence[Case], seed: int 
         )
     kind = kinds.pop()
     names, columns = [], []
-    for name, metric in METRICS[kind].items():
+    for name, metric in metrics_of(kind, [*first, *second]).items():
         values = np.array([[metric(case) for case in pair] for pair in pairs], dtype=float).T  # 2 x n
         values[:, np.isnan(values).any(axis=0)] = np.nan  # a pair counts where both have the metric
         if not np.isnan(values).all():

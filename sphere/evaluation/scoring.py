@@ -20,8 +20,10 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from sphere.data.formats import Question
 from sphere.data.records import Record
 from sphere.errors import SphereError
+from sphere.evaluation.probes import compare_probes, probe_entries, scored_questions
 from sphere.forward.packing import Scored, TokenScores
 from sphere.forward.passes import PassOptions
 from sphere.forward.scorer import PackedScorer
@@ -63,6 +65,10 @@ class RecordScorer:
             for record, asked in zip(records, questions, strict=True)
             for _, prompt, targets in asked
             for target in targets
+        } | {
+            self._encode(Continued(question.prompt, question.answers[0], record.request.joiner))
+            for record in records
+            for question in scored_questions(record)
         }
         if isinstance(progress, tqdm):
             scores = self.scorer.score(list(wanted))
@@ -103,7 +109,14 @@ class RecordScorer:
             elif section == "neighborhood" and targets[1] != request.target_true:
                 result = {"target_true": targets[1], **result}
             case[section].append({"prompt": prompt, **result})
+        if record.probes:
+            case["probes"] = probe_entries(record, lambda question: self._accuracy(question, record, scores))
         return case
+
+    def _accuracy(self, question: Question, record: Record, scores: Mapping[Scored, TokenScores]) -> float:
+        sequence = self._encode(Continued(question.prompt, question.answers[0], record.request.joiner))
+        hits = scores[sequence].hits(sequence)
+        return sum(hits) / len(hits)
 
 
 def score_records(
@@ -130,6 +143,7 @@ def score_records(
         that should win minus the other, each exp(-nll)). Logits that are not finite succeed nowhere.
         zsRE: prompt, target, accuracy (share of tokens), predicted (argmax ids); neighbors have
         accuracy_given_answer and accuracy_unedited_prediction (None without `reference`) instead of accuracy.
+        Where the record has probes, those too: see `sphere.evaluation.probes.probe_entries`.
 
     Raises:
         SphereError: a record that cannot be scored.
@@ -146,23 +160,30 @@ def score_records(
 
 def count_prompts(cases: Iterable[Case]) -> int:
     """How many prompts the cases hold (CounterFact scores two targets for each)."""
-    return sum(len(case[section]) for case in cases for section in SECTIONS)
+    cases = list(cases)
+    own = sum(len(case[section]) for case in cases for section in SECTIONS)
+    probes = (probe for case in cases for probe in case.get("probes", ()))
+    return own + sum(len(probe["questions"]) + len(probe["conditions"]) for probe in probes)
 
 
 def compare_predictions(cases: Sequence[Case], reference: Sequence[Case]) -> None:
-    """Fill in, for zsRE's neighbors, the share of predicted tokens that the unedited model predicts too.
+    """Fill in what is measured against the unedited model: which probes count, and the share of the predicted tokens of
+    zsRE's neighbors that it predicts too.
 
     Raises:
         SphereError: the reference lacks a case.
     """
     unedited = {case["case_id"]: case for case in reference}
     for case in cases:
-        if case["kind"] != "zsre":
+        if case["kind"] != "zsre" and not case.get("probes"):
             continue
         if case["case_id"] not in unedited:
             raise SphereError(
                 f"Case {case['case_id']} has no scores of the unedited model: score edit_0 on it."
             )
+        compare_probes(case, unedited[case["case_id"]])
+        if case["kind"] != "zsre":
+            continue
         for entry, before in zip(
             case["neighborhood"], unedited[case["case_id"]]["neighborhood"], strict=True
         ):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sphere.errors import SphereError
+from sphere.evaluation.probes import probe_accuracy, probe_metrics
 
 Case = Mapping[str, Any]
 Metric = Callable[[Case], float | None]
@@ -91,11 +92,17 @@ SCORES: dict[str, dict[str, tuple[str, str, str]]] = {
 }
 
 
+def metrics_of(kind: str, cases: Sequence[Case]) -> dict[str, Metric]:
+    """The metrics of a kind, and those of the benchmark's further tests that these cases have."""
+    found = dict.fromkeys(name for case in cases for name in probe_metrics(case))
+    return METRICS[kind] | {name: probe_accuracy(name) for name in found}
+
+
 def summarise(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
     """Summary of the cases of one checkpoint.
 
     Returns:
-        n_cases, kind; for each metric of METRICS that any case has: {"mean", "std" (population), "n" (cases that have
+        n_cases, kind; for each of `metrics_of` that any case has: {"mean", "std" (population), "n" (cases that have
         it), "low", "high" (percentile bootstrap over cases, 95 %, seeded)}; for each score of SCORES {"value", "low",
         "high", "of" (the metrics)}, None where one of its metrics is missing.
 
@@ -108,7 +115,7 @@ def summarise(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
             f"Cannot summarise {len(cases)} cases of kinds {sorted(kinds)}: give one kind at a time."
         )
     kind = kinds.pop()
-    values = {name: [metric(case) for case in cases] for name, metric in METRICS[kind].items()}
+    values = {name: [metric(case) for case in cases] for name, metric in metrics_of(kind, cases).items()}
     names = [name for name, column in values.items() if any(value is not None for value in column)]
     table = np.array([values[name] for name in names], dtype=float)  # (M, n): None becomes NaN
     resampled = dict(zip(names, bootstrap_means(table, seed), strict=True))  # name -> (B,)

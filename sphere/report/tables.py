@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sphere.evaluation.further_tables import further_lines
 from sphere.evaluation.summary import THIRDS, cell, percent, table_lines
 from sphere.report.collect import RunData
 from sphere.report.figures import TASK_NAMES, score_points, task_rows
@@ -141,6 +142,8 @@ def scores(runs: Sequence[RunData], suffix: str) -> list[Table]:
         made.append(
             Table("Scores of every checkpoint", _named("run", table_lines(every)), section, folded=True)
         )
+    further = "What else the dataset asks of an edit, under its authors' names; percent, with 95 % bootstrap intervals."
+    made.append(Table("Further tests", _named("run", further_lines(last)), f"further{suffix}", further))
     return made
 
 

@@ -59,7 +59,7 @@ class RunConfig:
         "starter",
         "data",
         "starter or facts_zh (Chinese), both embedded, cf (CounterFact), mcf (the part of it that MEMIT uses), zsre, "
-        "or facts: your own",
+        "another benchmark, or facts: your own",
         choices=(*FILES, OWN_FACTS),
     )
     facts: str | None = _setting(

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from sphere.data.facts import BadRow, Facts, read_facts, repeated
+from sphere.data.formats import Probe, Question
 from sphere.data.records import Record, load_records
 from sphere.errors import SphereError
 from sphere.evaluation.unedited_answers import complete
@@ -207,6 +208,8 @@ def _to_json(record: Record) -> dict[str, Any]:
         "paraphrases": list(record.paraphrase_prompts),
         "neighborhood": [list(pair) for pair in record.neighborhood],
         **(of_a_dataset if record.kind != "counterfact" or record.generation_prompts else {}),
+        **({"probes": [dataclasses.asdict(probe) for probe in record.probes]} if record.probes else {}),
+        **({"group": record.group} if record.group is not None else {}),
     }
 
 
@@ -219,4 +222,14 @@ def _from_json(entry: Mapping[str, Any]) -> Record:
         paraphrase_prompts=tuple(entry["paraphrases"]),
         neighborhood=tuple((prompt, answer) for prompt, answer in entry["neighborhood"]),
         generation_prompts=tuple(entry.get("generation_prompts", ())),
+        probes=tuple(_probe(probe) for probe in entry.get("probes", ())),
+        group=entry.get("group"),
     )
+
+
+def _probe(entry: Mapping[str, Any]) -> Probe:
+    asked = {
+        name: tuple(Question(one["prompt"], tuple(one["answers"])) for one in entry[name])
+        for name in ("questions", "conditions")
+    }
+    return Probe(entry["metric"], asked["questions"], entry["every"], asked["conditions"])

@@ -36,5 +36,8 @@ def _scored_texts(record: Record, turn: str) -> Iterator[CaseText]:
         targets = [answer] if record.kind == "zsre" else [request.target_new, answer or request.target_true]
         for target in filter(None, targets):
             yield case_text("neighborhood prompt with its target", prompt, target)
+    for probe in record.probes:
+        for prompt, answers in ((q.prompt, q.answers) for q in (*probe.questions, *probe.conditions)):
+            yield case_text(f"{probe.metric} prompt with its answer", prompt, answers[0] if answers else "")
     for prompt in record.generation_prompts:
         yield CaseText(record.case_id, "generation prompt", in_turn(turn, prompt))
