@@ -65,9 +65,8 @@ def change_and_tell(what: str, args: argparse.Namespace) -> int:
         return f"{name:<10} {pair[0].n:>6}   {next(cells):<20}{next(cells)}"
 
     done = "undone" if what == "undo" else "redone"
-    print(
-        f"{len(found.case_ids)} edits {done}; {found.n_edits - found.n_undone} of {found.n_edits} are in the weights."
-    )
+    edits, left = "edit" if len(found.case_ids) == 1 else "edits", found.n_edits - found.n_undone
+    print(f"{len(found.case_ids)} {edits} {done}; {left} of {found.n_edits} are in the weights.")
     print(f"{'':<10} {'facts':>6}   {'efficacy':<20}accuracy")
     print(row(done, found.chosen))
     print(row("others", found.others))

@@ -63,7 +63,6 @@ FREE = (
 )
 
 
-KINDS = ("counterfact", "zsre")  # of records that a fact of a table can be
 FACT_FLAGS = ("facts", "subjects", "on_bad_record", "dataset_size_limit")  # of the new facts, not of the run
 
 
@@ -121,7 +120,7 @@ def _continue(
     turn = stored.get(USER_TURN, BARE)
     added: list[Record] = []
     if facts and not _are_last(facts.records, earlier, parts_of(stored)[-1]):
-        new = replace(facts, records=_renumbered(facts.records, earlier, _kind_of(earlier)))
+        new = replace(facts, records=_renumbered(facts.records, earlier, earlier[0].kind))
         added, more = processes.on_main(
             lambda: complete_facts(model, tokenizer, new, None, config.passes, turn)
         )
@@ -195,19 +194,8 @@ def _are_last(new: Sequence[Record], earlier: Sequence[Record], begin: int) -> b
     return same
 
 
-def _kind_of(earlier: Sequence[Record]) -> Kind:
-    """How the run's facts are scored; those that are added are scored alike, so that there is one score."""
-    kind = earlier[0].kind
-    if kind not in KINDS:
-        raise SphereError(
-            f"The run edits facts of the kind '{kind}', which a table does not hold: begin a new run.",
-            argument="facts",
-        )
-    return kind
-
-
 def _renumbered(new: Sequence[Record], earlier: Sequence[Record], kind: Kind) -> list[Record]:
-    """Facts of this kind; those whose case_ids the run has already get the next free ones."""
+    """Facts that are scored as this kind; those whose case_ids the run has already get the next free ones."""
     taken = {record.case_id for record in earlier}
     free = count(max(taken | {record.case_id for record in new}) + 1)
     found = []
