@@ -28,7 +28,7 @@ H = TypeVar("H")
 INFORMATIONAL = ("model_name", "alg_name", "found_by")
 YAML = (".yaml", ".yml")
 # Keys that files of earlier versions do not have: left out where they are not given.
-NOT_GIVEN = {"rules": (), "z_stop": None, "z_stop_probability": None}
+NOT_GIVEN = {"rules": (), "z_stop": None, "z_stop_probability": None, "z_rescale": False}
 MOM2_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -79,6 +79,7 @@ class TargetHParams(ModuleHParams):
         z_stop: a request stops once its target's tokens have been the likeliest in all its prompts for so many further
             steps (`sphere.values.z_stop`); null: they do not matter.
         z_stop_probability: or once their mean probability is above this; null: it does not matter.
+        z_rescale: bring z to a norm of the unedited model (`sphere.values.z_rescale`).
     """
 
     clamp_norm_factor: float
@@ -91,6 +92,7 @@ class TargetHParams(ModuleHParams):
     layer_selection: str = "all"
     z_stop: int | None = None
     z_stop_probability: float | None = None
+    z_rescale: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,7 +39,7 @@ MAP = {
     "model.norm": "cuda:3",
     "lm_head": "cuda:3",
 }
-# MEND takes its gradients through torch.func, which neither pretended places nor accelerate's offloading follow.
+# Pretended places do not follow what MEND's trained networks do with the gradients.
 METHODS = tuple(method for method in available_methods() if method != "MEND")
 SOLVES = ("AlphaEdit", "MEMIT_seq", "ROME")  # what --conserve_memory changes
 

@@ -58,6 +58,7 @@ class MEND(Method):
     name = "MEND"
     reference = "Fast Model Editing at Scale, arXiv 2110.11309"
     hparams_class = MendHParams
+    uses_subject = False
 
     def __init__(self, edited: EditedModel, services: Services, hparams: MendHParams) -> None:
         super().__init__(edited, services, hparams)

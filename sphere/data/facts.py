@@ -80,12 +80,13 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
 
-def read_facts(source: str | Path, subjects: Iterable[str] = ()) -> Facts:
+def read_facts(source: str | Path, subjects: Iterable[str] = (), *, subject_needed: bool = True) -> Facts:
     """The facts of a table (`sphere.data.tables`).
 
     Args:
         source: a file, or "-" for standard input.
         subjects: names to look for where a row has no subject.
+        subject_needed: whether a row whose subject is neither named nor plain is bad; else its prompt stands for it.
 
     Raises:
         SphereError: the table cannot be read, or lacks a column that every fact needs.
@@ -100,7 +101,7 @@ def read_facts(source: str | Path, subjects: Iterable[str] = ()) -> Facts:
     for place, row in enumerate(rows, 1):
         values = {ours: row.values.get(theirs) for ours, theirs in names.items()}
         try:
-            record = _record(values, place, finder)
+            record = _record(values, place, finder, subject_needed)
             if (first := numbers.get(record.case_id)) is not None:
                 raise SphereError(f"its case_id {record.case_id} is that of row {first}: renumber one")
         except SphereError as error:
@@ -110,7 +111,8 @@ def read_facts(source: str | Path, subjects: Iterable[str] = ()) -> Facts:
         numbers[record.case_id] = row.number
         found += not _filled(values.get("subject"))
     if found:
-        notes.append(f"{found} rows name no subject: it was found in the prompt.")
+        where = "was found in the prompt" if subject_needed else "was found in the prompt, or is all of it"
+        notes.append(f"{found} rows name no subject: it {where}.")
     return Facts(records, numbers, bad, notes)
 
 
@@ -173,12 +175,13 @@ def _named_subjects(rows: Sequence[Row], names: Mapping[str, str]) -> list[str]:
     return [value for value in values if isinstance(value, str) and value.strip()]
 
 
-def _record(values: Mapping[str, Any], place: int, finder: SubjectFinder) -> Record:
+def _record(values: Mapping[str, Any], place: int, finder: SubjectFinder, subject_needed: bool) -> Record:
     """The record of one row; `place` numbers it where no column does."""
     case_id = _number(values.get("case_id"), place)
     asked = "prompt" if _filled(values.get("prompt")) else "question"
     prompt, target = _text(values, asked), _text(values, "target_new")
-    subject = _text(values, "subject") if _filled(values.get("subject")) else _found(prompt, finder)
+    named = _filled(values.get("subject"))
+    subject = _text(values, "subject") if named else _found(prompt, finder, subject_needed)
     if "{}" not in prompt:
         template = with_place(prompt, subject)
         if template is None:
@@ -197,10 +200,12 @@ def _record(values: Mapping[str, Any], place: int, finder: SubjectFinder) -> Rec
     )
 
 
-def _found(prompt: str, finder: SubjectFinder) -> str:
+def _found(prompt: str, finder: SubjectFinder, needed: bool) -> str:
     if "{}" in prompt:
         raise SphereError(f"its prompt {prompt!r} has '{{}}', but no column names the subject: add one")
     subject = finder.find(prompt)
+    if subject is None and not needed:
+        return prompt
     if subject is None:
         raise SphereError(
             f"no subject is named, and none is plain in {prompt!r}: add a column 'subject', or a list of subjects"

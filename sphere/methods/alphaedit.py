@@ -76,7 +76,7 @@ class AlphaEdit(LayerwiseMethod):
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
-        targets = self.services.compute_z(requests).z.T  # Z: out x n
+        targets = self.target_values(requests)  # Z: out x n
         bare = self.services.bare_pass(requests)
         yield from self.deliver(
             self.solved(self.services.activations(requests), bare, targets), bare, targets

@@ -57,6 +57,7 @@ class FT(Method):
         "Modifying Memories in Transformer Models, arXiv 2012.00363; as a baseline in ROME, arXiv 2202.05262"
     )
     hparams_class = FTHParams
+    uses_subject = False
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         weights = self.edited.weights

@@ -1,13 +1,14 @@
 """Methods that write residuals onto keys, layer after layer, by the sequential solve (AlphaEdit, MEMIT and its kin).
 
-Holds what they share: one solve per layer, where it is done, and what a resume point keeps of earlier keys. Knows
-nothing of what makes them differ: their preconditioners, and when a layer's update is written.
+Holds what they share: target values and their anchor, one solve per layer, where it is done, and what a resume point
+keeps of earlier keys. Knows nothing of what makes them differ: their preconditioners, and when a layer's update is
+written.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,7 +20,11 @@ from sphere.methods.delivery import Delivery, delivery
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.sequential_solve import Apply, SequentialSolve, keep_solves, load_solves, save_solves
 from sphere.methods.services import Services
+from sphere.requests import EditRequest
 from sphere.values.compute_ks import ActivationsPass
+from sphere.values.z_rescale import added, anchor_of, rescaled
+
+ANCHOR = "z_anchor"  # its name in a saved state
 
 
 class Solved(NamedTuple):
@@ -40,6 +45,7 @@ class LayerwiseMethod(Method):
         super().__init__(edited, services, hparams)
         self.solves: dict[int, SequentialSolve] = {}
         self._delivered: dict[str, Delivery] = {}
+        self.anchor: Tensor | None = None  # norm that z is rescaled to, once there was a batch
         self._factors: Factors | None = None  # of the update that was yielded last
 
     @abstractmethod
@@ -54,6 +60,16 @@ class LayerwiseMethod(Method):
 
     def prepared_from(self) -> dict[str, str]:
         return {"second_moments": self.services.second_moments.digest()}
+
+    def target_values(self, requests: Sequence[EditRequest]) -> Tensor:
+        """Z (out x n) of a batch; rescaled, where the hyperparameters say so, to the first batch's mean norm of v*."""
+        values = self.services.compute_z(requests)
+        if not self.hparams.z_rescale:
+            return values.z.T
+        v_0 = added(self.services.bare_pass(requests), max(self.hparams.layers))
+        if self.anchor is None:
+            self.anchor = anchor_of(values, v_0)
+        return rescaled(values, v_0, self.anchor).T
 
     def solve(self, layer: int, keys: Tensor) -> Tensor:
         """X (in x n, float64, on the keys' device) for a layer's keys K (in x n), given the earlier ones."""
@@ -88,11 +104,15 @@ class LayerwiseMethod(Method):
         self.solves[layer].append(keys.to(self.services.solve_device(layer)))
 
     def state(self) -> dict[str, Tensor]:
-        return save_solves(self.solves)
+        anchor = {} if self.anchor is None else {ANCHOR: self.anchor.cpu()}
+        return save_solves(self.solves) | anchor
 
     def keep_state(self, names: Collection[str]) -> None:
+        if ANCHOR not in names:
+            self.anchor = None
         keep_solves(self.solves, names)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.anchor = state.get(ANCHOR)
         devices = {layer: self.services.solve_device(layer) for layer in self.solves}
         load_solves(self.solves, state, devices)

@@ -35,7 +35,7 @@ class MEMIT(LayerwiseMethod):
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
-        targets = self.services.compute_z(requests).z.T  # Z: out x n
+        targets = self.target_values(requests)  # Z: out x n
         bare = self.services.bare_pass(requests)
         found = self.solve_layers(self.services.activations(requests), bare, targets)
         yield from self.deliver(found, bare.restart(), targets)
@@ -74,7 +74,7 @@ class MEMITSeq(MEMIT):
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
-        targets = self.services.compute_z(requests).z.T  # Z: out x n
+        targets = self.target_values(requests)  # Z: out x n
         activations = self.services.activations(requests)
         bare = self.services.bare_pass(requests)
         found = self.solve_layers(activations, bare, targets)

@@ -31,7 +31,9 @@ BUILT_IN = {
     "MEMIT_rect": "sphere.methods.rect:MEMITRect",
     "MEMIT_seq": "sphere.methods.memit:MEMITSeq",
     "MEND": "sphere.baselines.mend.method:MEND",
+    "NAS": "sphere.methods.nas:NAS",
     "ROME": "sphere.methods.rome:ROME",
+    "UltraEdit": "sphere.methods.ultraedit:UltraEdit",
 }
 
 

@@ -40,6 +40,10 @@ class RomeHParams(HParams):
         super().__post_init__()
         if len(self.layers) != 1:
             raise SphereError(f"layers must name one layer for ROME, got {list(self.layers)}.")
+        if self.z_rescale:
+            raise SphereError(
+                "z_rescale must be false for ROME, whose facts have no batch to take the norm from."
+            )
 
 
 class ROME(Method):

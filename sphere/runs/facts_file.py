@@ -23,6 +23,7 @@ from sphere.errors import SphereError
 from sphere.evaluation.unedited_answers import complete
 from sphere.files import read_json, write_json
 from sphere.forward.passes import PassOptions
+from sphere.methods import get_method
 from sphere.requests import EditRequest
 from sphere.resources import shipped
 from sphere.runs.config import RunConfig
@@ -35,7 +36,14 @@ CONTROLS = "data/control_prompts.json"
 SHOWN = 5  # bad rows that one error names
 
 
-def load_facts(source: str, subjects: str | None, on_bad_record: str, limit: int | None = None) -> Facts:
+def load_facts(
+    source: str,
+    subjects: str | None,
+    on_bad_record: str,
+    limit: int | None = None,
+    *,
+    subject_needed: bool = True,
+) -> Facts:
     """The facts of a user's table, or of the part of it that can be used.
 
     Args:
@@ -43,11 +51,13 @@ def load_facts(source: str, subjects: str | None, on_bad_record: str, limit: int
         subjects: a file with a subject on each line, or None.
         on_bad_record: "stop" refuses a table with bad rows, "skip" leaves them out, with a warning.
         limit: use only the first so many good rows.
+        subject_needed: whether a row without a subject is bad, or stands for its subject with all of its prompt.
 
     Raises:
         SphereError: an unreadable table, bad rows, or no good one.
     """
-    facts = read_facts(source, read_subjects(subjects) if subjects else ())
+    names = read_subjects(subjects) if subjects else ()
+    facts = read_facts(source, names, subject_needed=subject_needed)
     for sentence in [*facts.notes, *repeated(facts)]:
         log.info("%s: %s", source, sentence)
     if facts.bad and on_bad_record == "stop":
@@ -84,7 +94,13 @@ def own_facts(config: RunConfig) -> Facts | None:
     """The table of facts that a run edits; None where it edits a dataset."""
     if config.facts is None:
         return None
-    return load_facts(config.facts, config.subjects, config.on_bad_record, config.dataset_size_limit)
+    return load_facts(
+        config.facts,
+        config.subjects,
+        config.on_bad_record,
+        config.dataset_size_limit,
+        subject_needed=get_method(config.alg_name).uses_subject,
+    )
 
 
 def records_of(config: RunConfig, facts: Facts | None) -> list[Record]:

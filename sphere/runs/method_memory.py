@@ -152,6 +152,15 @@ def _mend(hparams: Any, sizes: Sizes) -> list[Item]:
     ]
 
 
+def _ultraedit(hparams: Any, sizes: Sizes) -> list[Item]:
+    size = FLOAT64 * sizes.num_edits * sum(out + in_features for out, in_features in sizes.edited)
+    rows, formula = "inputs and gradients of the edited modules", "8 n (in + out) for a token of each answer"
+    return [
+        Item(rows, formula, size, DEVICE, "target values", "solve"),
+        Item("a layer's update", "8 out in", FLOAT64 * sizes.largest, DEVICE, "solve", "writing"),
+    ]
+
+
 def _unknown(hparams: Any, sizes: Sizes) -> list[Item]:
     updates = Item("all layers' updates", "8 E", FLOAT64 * sizes.entries, DEVICE, "solve", "writing")
     return [*(second_moments(sizes) if isinstance(hparams, HParams) else []), updates]
@@ -172,4 +181,5 @@ METHODS: dict[str, MethodMemory] = {
     "MEMIT_seq": MethodMemory(_memit_seq, _sequential_solve),
     "MEND": MethodMemory(_mend),
     "ROME": MethodMemory(_rome),
+    "UltraEdit": MethodMemory(_ultraedit),
 }
