@@ -18,6 +18,7 @@ from sphere.downstream import TASKS, harness, metrics, run_downstream, runner
 from sphere.downstream.decoding import greedy_batches
 from sphere.downstream.harness import LOCAL_TASKS, Harness
 from sphere.errors import SphereError
+from sphere.evaluation import answer_match
 from sphere.forward.passes import PassOptions
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -89,22 +90,22 @@ def test_first_class():
 
 def test_answers():
     answers = ["The U.S. dollar", "dollar"]
-    assert metrics.normalise_answer("  The  U.S. Dollar! ") == "us dollar"
-    assert metrics.soft_exact_match("It was the US dollar, I think", answers)
-    assert not metrics.soft_exact_match("petrodollars", answers)
-    assert not metrics.soft_exact_match("anything", ["the", ""])  # nothing is left of these
-    assert metrics.exact_match("a Dollar.", answers)
-    assert not metrics.exact_match("one dollar", answers)
-    assert metrics.token_f1("one dollar", answers) == pytest.approx(2 / 3)
+    assert answer_match.normalise_answer("  The  U.S. Dollar! ") == "us dollar"
+    assert answer_match.soft_exact_match("It was the US dollar, I think", answers)
+    assert not answer_match.soft_exact_match("petrodollars", answers)
+    assert not answer_match.soft_exact_match("anything", ["the", ""])  # nothing is left of these
+    assert answer_match.exact_match("a Dollar.", answers)
+    assert not answer_match.exact_match("one dollar", answers)
+    assert answer_match.token_f1("one dollar", answers) == pytest.approx(2 / 3)
     assert metrics.first_line("\n\n yes \nno") == "yes"
 
 
 @given(st.text(max_size=20), st.text(min_size=1, max_size=20))
 def test_exact_matches_are_soft_matches(prefix, answer):
-    if metrics.normalise_answer(answer):
-        assert metrics.exact_match(answer, [answer])
-        assert metrics.soft_exact_match(f"{prefix} {answer}", [answer])
-        assert metrics.token_f1(answer, [answer]) == pytest.approx(1)
+    if answer_match.normalise_answer(answer):
+        assert answer_match.exact_match(answer, [answer])
+        assert answer_match.soft_exact_match(f"{prefix} {answer}", [answer])
+        assert answer_match.token_f1(answer, [answer]) == pytest.approx(1)
 
 
 def test_summary_counts_unparsed_as_wrong():

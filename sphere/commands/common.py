@@ -15,12 +15,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
 from sphere.runs.config import RunConfig, Setting, settings
+
+if TYPE_CHECKING:
+    from sphere.evaluation.answer_metrics import AnswerOptions
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -147,6 +150,44 @@ def add_generation_flags(group: argparse._ArgumentGroup) -> None:
         help="generate greedily after the rewrite prompts of so many facts, from the first that was edited, and ask "
         "whether the text is the new target; 0: of none",
     )
+    group.add_argument(
+        "--generated_facts",
+        type=int,
+        default=0,
+        help="ask about so many facts, from the first that was edited, as a user does: greedy text to a stop after "
+        "rewrite, paraphrase and further prompts, compared with the answer; 0: about none",
+    )
+    group.add_argument(
+        "--judge",
+        metavar="CMD",
+        default=None,
+        help="a program that judges these answers too: it reads a line of JSON for each (prompt, answer, targets) and "
+        "writes true, false or a number from 0 to 1 on a line",
+    )
+    group.add_argument(
+        "--judge_seconds", type=float, default=120.0, help="how long the judge may take for one answer"
+    )
+
+
+def answer_options(arguments: argparse.Namespace) -> AnswerOptions:
+    """Which facts the model is asked about, and who judges.
+
+    Raises:
+        SphereError: a judge without facts to judge, or a time that is not positive.
+    """
+    from sphere.evaluation.answer_metrics import AnswerOptions
+
+    facts = 0 if arguments.skip_generation_tests else max(arguments.generated_facts, 0)
+    if arguments.judge is not None and not facts:
+        raise SphereError(
+            "A judge is given, but no answers are generated: give a number of facts.",
+            argument=("judge", "generated_facts"),
+        )
+    if not arguments.judge_seconds > 0:
+        raise SphereError(
+            f"The judge's time is {arguments.judge_seconds:g} s: give more than 0.", argument="judge_seconds"
+        )
+    return AnswerOptions(facts, arguments.judge, arguments.judge_seconds)
 
 
 def exact_match_facts(arguments: argparse.Namespace) -> int:

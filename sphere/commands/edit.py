@@ -31,6 +31,7 @@ import argparse
 from sphere.commands.common import (
     add_generation_flags,
     add_run_settings,
+    answer_options,
     config_of,
     exact_match_facts,
     generation_interval,
@@ -75,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(describe_methods(config.hparams_dir))
         return 0
+    answers = answer_options(arguments)  # before hours of editing
     if arguments.dry_run:
         from sphere.runs.plan import describe_run
 
@@ -105,6 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         run.records,
         generation_interval=interval,
         exact_match_facts=exact_match_facts(arguments),
+        answers=answers,
         data_dir=config.data_dir,
         dataset=load_records(config.ds_name, config.data_dir) if interval and not config.facts else None,
         notes=run.notes,

@@ -18,6 +18,7 @@ from sphere.commands.common import (
     MODEL_FLAGS,
     add_generation_flags,
     add_settings,
+    answer_options,
     exact_match_facts,
     generation_interval,
     make_parser,
@@ -96,7 +97,7 @@ def _edits(args: argparse.Namespace) -> int:
     from sphere.runs.config import OWN_FACTS
     from sphere.runs.facts_file import read_run_facts
 
-    only = _only(args)  # a wrong folder is reported before anything is loaded
+    only, answers = _only(args), answer_options(args)  # what is wrong is reported before anything is loaded
     own = args.ds_name == OWN_FACTS
     if own:
         records, notes = read_run_facts(args.weight_folder)
@@ -112,6 +113,7 @@ def _edits(args: argparse.Namespace) -> int:
         records,
         generation_interval=interval,
         exact_match_facts=exact_match_facts(args),
+        answers=answers,
         only=only,
         data_dir=args.data_dir,
         dataset=load_records(args.ds_name, args.data_dir) if interval and not own else None,

@@ -16,6 +16,7 @@ from typing import Any
 
 from sphere.downstream import metrics
 from sphere.errors import SphereError
+from sphere.evaluation.answer_match import exact_match, soft_exact_match, token_f1
 from sphere.requests import check_encodable
 
 FOLDER = "task-data"
@@ -152,9 +153,9 @@ def grade_open_domain_qa(output: str, answers: tuple[str, ...]) -> dict[str, Any
     prediction = metrics.first_line(output)
     return {
         "prediction": prediction or None,
-        "correct": metrics.soft_exact_match(prediction, answers),
-        "exact_match": metrics.exact_match(prediction, answers),
-        "f1": metrics.token_f1(prediction, answers),
+        "correct": soft_exact_match(prediction, answers),
+        "exact_match": exact_match(prediction, answers),
+        "f1": token_f1(prediction, answers),
     }
 
 

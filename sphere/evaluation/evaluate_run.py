@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,8 +29,10 @@ from sphere.checkpoints import USER_TURN, list_checkpoints, read_config, undone_
 from sphere.data.records import Record
 from sphere.distributed import Processes
 from sphere.errors import SphereError
+from sphere.evaluation.answer_metrics import AnswerOptions
 from sphere.evaluation.case_file import CaseFile
 from sphere.evaluation.exact_match import ExactMatch
+from sphere.evaluation.generated_answers import GeneratedAnswers
 from sphere.evaluation.generation import CaseGenerator
 from sphere.evaluation.scoring import Case, RecordScorer, compare_predictions, count_prompts
 from sphere.evaluation.state_metrics import StateMetrics
@@ -61,6 +64,7 @@ def evaluate_run(
     *,
     generation_interval: int = 0,
     exact_match_facts: int = 0,
+    answers: AnswerOptions | None = None,
     only: Sequence[int] | None = None,
     data_dir: str | Path = "data",
     dataset: Sequence[Record] | None = None,
@@ -82,6 +86,7 @@ def evaluate_run(
         generation_interval: generate text for every so-many-th case in the order of editing, beginning with the
             first; 0 or below: never.
         exact_match_facts: generate greedy text after the rewrite prompts of so many cases, from the first.
+        answers: which facts the model is asked about, as a user asks it (`sphere.evaluation.generated_answers`).
         only: numbers of edits of the checkpoints to be scored (default: all); the unedited model always is.
         data_dir: where the reference texts of generation are, or are downloaded to.
         dataset: all records at hand, from which reference texts are built where none are published (default:
@@ -120,11 +125,12 @@ def evaluate_run(
         )
         scorer = RecordScorer(model, tokenizer, passes, turn)
         greedy = ExactMatch(model, tokenizer, edited, exact_match_facts, passes, turn)
-        scoring = _Scoring(scorer, (generator, greedy), edited, folder / FOLDER, progress, processes)
+        asked = GeneratedAnswers(model, tokenizer, edited, answers or AnswerOptions(), passes, turn)
+        scoring = _Scoring(scorer, (generator, greedy, asked), edited, folder / FOLDER, progress, processes)
         metrics = StateMetrics(scorer.scorer, tokenizer, states, folder / FOLDER, folder, processes)
-        with states.temporarily(passes.offload_device):
+        with states.temporarily(passes.offload_device), closing(asked):
             rows = _rows(scoring, metrics, states, seed)
-        summary = _summary(model, folder, states, generator, greedy, rows, ds_name)
+        summary = _summary(model, folder, states, (generator, greedy, asked), rows, ds_name)
         summary["notes"] |= notes or {}
         processes.on_main(lambda: write_json(folder / FOLDER / SUMMARY_NAME, summary))
     return summary
@@ -134,22 +140,22 @@ def _summary(
     model: Any,
     folder: Path,
     states: RunStates,
-    generator: CaseGenerator,
-    greedy: ExactMatch,
+    makers: tuple[CaseGenerator, ExactMatch, GeneratedAnswers],
     rows: Sequence[Mapping[str, Any]],
     ds_name: str | None,
 ) -> dict[str, Any]:
     """What summary.json holds.
 
     Returns:
-        {"folder", "model", "dtype", "dataset", "seed", "generation_interval", "exact_match_facts", "units", "notes" (in
+        {"folder", "model", "dtype", "dataset", "seed", "generation_interval", "exact_match_facts", "generated_facts",
+        "judge", "units", "notes" (in
         words: what could not be verified of the model, which cases are generated, and where the texts they are compared
         with come from),
         "run" (its configuration), "checkpoints": one row each, the unedited model first: {"label", "checkpoint" (file
         name), "n_edits", "metrics" (`summarise`), "retention" (by thirds of the order of editing), "unedited" (the
         unedited model on the same cases), "text_perplexity" and "weights" (`StateMetrics.measure`)}}.
     """
-    config = read_config(folder)
+    config, (generator, greedy, asked) = read_config(folder), makers
     return {
         "folder": str(folder),
         "model": getattr(model.config, "name_or_path", "") or type(model).__name__,
@@ -158,10 +164,13 @@ def _summary(
         "seed": generator.seed,
         "generation_interval": generator.interval,
         "exact_match_facts": greedy.count,
+        "generated_facts": asked.options.facts,
+        "judge": asked.options.judge,
         "units": UNITS,
         "notes": ({"model": states.note} if states.note else {})
         | generator.notes
         | greedy.notes
+        | asked.notes
         | _undone(states),
         "run": {key: value for key, value in config.items() if key != "case_ids"},
         "checkpoints": rows,

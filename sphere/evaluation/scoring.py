@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from sphere.data.formats import Question
 from sphere.data.records import Record
 from sphere.errors import SphereError
+from sphere.evaluation.answer_metrics import compare_answers
 from sphere.evaluation.probes import compare_probes, probe_entries, scored_questions
 from sphere.forward.packing import Scored, TokenScores
 from sphere.forward.passes import PassOptions
@@ -167,8 +168,10 @@ def count_prompts(cases: Iterable[Case]) -> int:
 
 
 def compare_predictions(cases: Sequence[Case], reference: Sequence[Case]) -> None:
-    """Fill in what is measured against the unedited model: which probes count, and the share of the predicted tokens of
-    zsRE's neighbors that it predicts too.
+    """Fill in what is measured against the unedited model.
+
+    Which probes count, answers that should stay as they were, and the share of the predicted tokens of zsRE's neighbors
+    that it predicts too.
 
     Raises:
         SphereError: the reference lacks a case.
@@ -176,12 +179,13 @@ def compare_predictions(cases: Sequence[Case], reference: Sequence[Case]) -> Non
     unedited = {case["case_id"]: case for case in reference}
     for case in cases:
         if case["kind"] != "zsre" and not case.get("probes"):
-            continue
+            continue  # nothing is
         if case["case_id"] not in unedited:
             raise SphereError(
                 f"Case {case['case_id']} has no scores of the unedited model: score edit_0 on it."
             )
         compare_probes(case, unedited[case["case_id"]])
+        compare_answers(case, unedited[case["case_id"]])
         if case["kind"] != "zsre":
             continue
         for entry, before in zip(

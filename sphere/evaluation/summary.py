@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sphere.errors import SphereError
+from sphere.evaluation.answer_metrics import answer_metric, answer_metrics
 from sphere.evaluation.probes import probe_accuracy, probe_metrics
 
 Case = Mapping[str, Any]
@@ -93,9 +94,14 @@ SCORES: dict[str, dict[str, tuple[str, str, str]]] = {
 
 
 def metrics_of(kind: str, cases: Sequence[Case]) -> dict[str, Metric]:
-    """The metrics of a kind, and those of the benchmark's further tests that these cases have."""
-    found = dict.fromkeys(name for case in cases for name in probe_metrics(case))
-    return METRICS[kind] | {name: probe_accuracy(name) for name in found}
+    """The metrics of a kind, and those of further tests and of generated answers that the cases have."""
+    tests = dict.fromkeys(name for case in cases for name in probe_metrics(case))
+    answers = dict.fromkeys(name for case in cases for name in answer_metrics(case))
+    return (
+        METRICS[kind]
+        | {name: probe_accuracy(name) for name in tests}
+        | {name: answer_metric(name) for name in answers}
+    )
 
 
 def summarise(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from sphere.forward.padding import pad_left
 
@@ -24,6 +24,7 @@ def generate(
     rows: Sequence[Sequence[int]],
     config: GenerationConfig,
     logits_processor: LogitsProcessor | None = None,
+    stopping: StoppingCriteria | None = None,
 ) -> Tensor:
     """Continue rows of token ids (none of them empty) in one batch with a KV cache.
 
@@ -31,6 +32,7 @@ def generate(
         config: all that decides how; its pad_token_id fills the rows up on the left. What it leaves open has the
             defaults of transformers, never those of the model.
         logits_processor: one more, after those that the configuration asks for.
+        stopping: one more criterion of when a row ends.
 
     Returns:
         (rows x (width + new tokens)), padding included, where width is the longest row.
@@ -43,6 +45,7 @@ def generate(
             attention_mask=pad_left([[1] * len(row) for row in rows], width, 0, device),
             generation_config=config,
             logits_processor=[logits_processor] if logits_processor is not None else [],
+            stopping_criteria=[stopping] if stopping is not None else [],
         )
 
 

@@ -31,6 +31,8 @@ def score_command(run: RunData) -> str:
         "dataset_size_limit": limit,
         "generation_test_interval": summary.get("generation_interval") or None,
         "exact_match_facts": summary.get("exact_match_facts") or None,
+        "generated_facts": summary.get("generated_facts") or None,
+        "judge": summary.get("judge"),
         "seed": summary.get("seed") or None,
     }
     return _evaluate(run, flags)

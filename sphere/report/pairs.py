@@ -122,7 +122,11 @@ def _cases(run: RunData, n_edits: int) -> list[Case]:
     unedited = read_cases(folder / "cases_edit_0.jsonl")
     if {case["case_id"] for case in cases} <= {case["case_id"] for case in unedited}:
         compare_predictions(cases, unedited)
-    asked = {"generation": summary.get("generation_interval"), "greedy": summary.get("exact_match_facts")}
+    asked = {
+        "generation": summary.get("generation_interval"),
+        "greedy": summary.get("exact_match_facts"),
+        "answers": summary.get("generated_facts"),
+    }
     unasked = {key for key, count in asked.items() if not count}
     return [{key: value for key, value in case.items() if key not in unasked} for case in cases]
 

@@ -142,8 +142,19 @@ def scores(runs: Sequence[RunData], suffix: str) -> list[Table]:
         made.append(
             Table("Scores of every checkpoint", _named("run", table_lines(every)), section, folded=True)
         )
-    further = "What else the dataset asks of an edit, under its authors' names; percent, with 95 % bootstrap intervals."
-    made.append(Table("Further tests", _named("run", further_lines(last)), f"further{suffix}", further))
+    further = (
+        "Teacher-forced: the model is shown the answer's first tokens. Generated: it is shown the prompt alone, and "
+        "its text to the end of a line or sentence is compared with the answer, up to case, punctuation and articles. "
+        "Further tests have their authors' names. Percent, with 95 % bootstrap intervals."
+    )
+    made.append(
+        Table(
+            "Generated answers and further tests",
+            _named("run", further_lines(last)),
+            f"further{suffix}",
+            further,
+        )
+    )
     return made
 
 

@@ -99,6 +99,11 @@ def _opens(end: str, before: str) -> bool:
     return kind == "Pi" and (_is_without_blanks(before[-1]) or _is_wide_punctuation(before[-1]))
 
 
+def spaced(text: str) -> str:
+    """A text with blanks around each letter of a script that puts none between words."""
+    return "".join(f" {c} " if _is_without_blanks(c) else c for c in text)
+
+
 def _is_wide_punctuation(character: str) -> bool:
     return unicodedata.category(character)[0] == "P" and unicodedata.east_asian_width(character) in "WF"
 
