@@ -4,7 +4,7 @@
         run.json                 full configuration of the run
         batches.jsonl            what each batch did to the edited weights
         edit_0.safetensors       the original weights of the edited layers
-        edit_<n>.safetensors     the same weights after n edits
+        edit_<n>.safetensors     the same weights after n edits, or factors of their change
         resume.safetensors       the last finished batch, to go on from: what changes with every batch
         resume_<n>.safetensors   what stays as it was written after n edits (the keys of that batch, or their matrix)
 
@@ -27,11 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sphere.errors import SphereError
+from sphere.factors import Factors
 from sphere.files import atomic_path, read_json, write_json
 from sphere.renamed import by_new_names
 
 CONFIG_NAME = "run.json"
 LOG_NAME = "batches.jsonl"
+ORIGINAL_NAME = "edit_0.safetensors"
+LEFT, RIGHT = "/left", "/right"  # end the names of factors of a weight's change
 RESUME_NAME = "resume.safetensors"
 RESUME_PART = re.compile(r"resume_\d+\.safetensors")
 # In run.json while a run begins: files of the run before it, which go (`sphere.runs.folder`).
@@ -149,7 +152,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """Read a checkpoint without executing anything in it; tensors as the model stores them, on the CPU.
 
     Raises:
-        SphereError: missing, damaged, not a checkpoint, or with values that are not finite.
+        SphereError: missing, damaged, not a checkpoint, without the original weights that it holds changes of, or with
+            values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -168,11 +172,35 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise SphereError(
             f'The checkpoint {path} does not hold {{"weight": {{name: tensor}}}}: not a file of this kind.'
         )
+    weights = _with_changes(weights, path)
     for name, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise SphereError(
                 f"'{name}' in the checkpoint {path} is not finite: write it again or remove it."
             )
+    return weights
+
+
+def _with_changes(content: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights of a file, where it holds factors of their change: W_0 + L R^T, rounded to the dtype of W_0."""
+    changed = [key.removesuffix(LEFT) for key in content if key.endswith(LEFT)]
+    if not changed:
+        return content
+    places = (
+        path.parent / ORIGINAL_NAME,
+        path.parent.parent / ORIGINAL_NAME,
+    )  # of a state that is kept beside
+    found = next((place for place in places if place.is_file()), None)
+    original = read_weights(found) if found else {}
+    weights = {key: tensor for key, tensor in content.items() if not key.endswith((LEFT, RIGHT))}
+    for name in changed:
+        change = Factors(content[name + LEFT], content[name + RIGHT]).delta()
+        if name not in original or original[name].shape != change.shape:
+            raise SphereError(
+                f"The checkpoint {path} holds the change of '{name}', which is added to that of {places[0]}: put the "
+                "run's own one there."
+            )
+        weights[name] = (original[name].double() + change).to(original[name].dtype)
     return weights
 
 

@@ -6,53 +6,17 @@ after n edits has at most rank n. What a file of weights holds is that change an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from sphere.factors import Factors
 from sphere.linalg import thin_svd
 
 # Of roundings that are independent and evenly spread, the root of the mean square is about a fifth of eps times the
 # entry; a half leaves nothing to chance.
 ROUNDING = 0.5
 SMALLEST = 1e-8  # singular values below it, relative to the largest, are not told from zero
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A matrix (out x in) as left @ right.T.
-
-    Attributes:
-        left: (out x k).
-        right: (in x k).
-    """
-
-    left: Tensor
-    right: Tensor
-
-    @property
-    def rank(self) -> int:
-        """k, the number of columns."""
-        return self.left.shape[1]
-
-    @property
-    def T(self) -> Factors:
-        """Of the transpose."""
-        return Factors(self.right, self.left)
-
-    def product(self) -> Tensor:
-        """(out x in), in float64: what is made of it hardly depends on the order of sums."""
-        return self.left.double() @ self.right.double().T
-
-    def padded(self, rank: int) -> Factors:
-        """The same with columns of zeros up to `rank`."""
-        missing = rank - self.rank
-        return Factors(*(torch.nn.functional.pad(side, (0, missing)) for side in (self.left, self.right)))
-
-    def to(self, dtype: torch.dtype) -> Factors:
-        """In another dtype, contiguous, on the CPU."""
-        return Factors(*(side.to("cpu", dtype).contiguous() for side in (self.left, self.right)))
 
 
 class Decomposition:
@@ -99,3 +63,14 @@ class Decomposition:
 def rounding_norm(weight: Tensor, dtype: torch.dtype, writes: int = 1) -> float:
     """A bound for the Frobenius norm of what rounding has left in a weight that was written so many times."""
     return ROUNDING * torch.finfo(dtype).eps * writes**0.5 * float(weight.double().norm())
+
+
+def padded(factors: Factors, rank: int) -> Factors:
+    """The same sum with columns of zeros up to `rank` of them."""
+    missing = rank - factors.left.shape[1]
+    return Factors(pad(factors.left, (0, missing)), pad(factors.right, (0, missing)))
+
+
+def converted(factors: Factors, dtype: torch.dtype) -> Factors:
+    """In another dtype, contiguous, on the CPU."""
+    return Factors(*(side.to("cpu", dtype).contiguous() for side in factors))

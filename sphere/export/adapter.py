@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 from sphere.export.edited import EditedRun
-from sphere.low_rank import Decomposition, Factors, rounding_norm
+from sphere.factors import Factors
+from sphere.low_rank import Decomposition, converted, padded, rounding_norm
 
 SUGGESTED_RANK = 64  # whose error is named where no rank is given and none is exact
 
@@ -34,7 +35,7 @@ class Adapter:
     @property
     def rank(self) -> int:
         """k."""
-        return next(iter(self.factors.values())).rank
+        return next(iter(self.factors.values())).left.shape[1]
 
 
 def adapter_of(run: EditedRun, rank: int | None = None, dtype: torch.dtype = torch.float32) -> Adapter:
@@ -67,7 +68,7 @@ def adapter_of(run: EditedRun, rank: int | None = None, dtype: torch.dtype = tor
         name: min(x for x in (rank, exact[name], min(c.shape)) if x is not None) for name, c in found.items()
     }
     most = max(ranks.values())
-    factors = {name: c.factors(ranks[name]).padded(most).to(dtype) for name, c in found.items()}
+    factors = {name: converted(padded(c.factors(ranks[name]), most), dtype) for name, c in found.items()}
     lines = [f"A LoRA adapter of rank {most} for {len(found)} weights."]
     if all(ranks[name] == exact[name] for name in found):
         rounded = "" if dtype.itemsize >= 4 else f", but for its factors' own, which are {str(dtype)[6:]}"
@@ -85,7 +86,7 @@ def adapted(run: EditedRun, factors: Mapping[str, Factors]) -> dict[str, Tensor]
     """The unedited weights with an adapter added, in the model's own orientation and dtype."""
     weights = {}
     for name, original in run.original.items():
-        change = run.weights.canonical(name, factors[name].product())  # turned back
+        change = run.weights.canonical(name, factors[name].delta())  # turned back
         weights[name] = (original.double() + change).to(original.dtype).contiguous()
     return weights
 

@@ -34,8 +34,8 @@ from sphere.export.gguf_file import (
     tensor_names,
     values_of,
 )
+from sphere.factors import Factors
 from sphere.files import check_space
-from sphere.low_rank import Factors
 from sphere.models import load_model, model_label
 
 REORDERED = ("attn_q", "attn_k")  # beginnings of what may have its rows in another order

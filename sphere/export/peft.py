@@ -20,8 +20,8 @@ from sphere.embedded import EMBEDDED
 from sphere.errors import SphereError
 from sphere.export.adapter import Adapter, adapted, adapter_of
 from sphere.export.edited import EditedRun
+from sphere.factors import Factors
 from sphere.files import check_space
-from sphere.low_rank import Factors
 from sphere.models import DTYPES
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"

@@ -147,6 +147,12 @@ class RunConfig:
         "output",
         "which weights to save besides edit_0: ends (first and last batch), all, or numbers of edits: 100,300",
     )
+    save: str = _setting(
+        "weights",
+        "output",
+        "what checkpoints hold: weights, or factors of their change where these are smaller",
+        choices=("weights", "factors"),
+    )
     ledger: str = _setting(
         "auto",
         "output",

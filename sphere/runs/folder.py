@@ -28,6 +28,7 @@ from torch import Tensor
 from sphere.checkpoints import (
     CHECKPOINT,
     CONFIG_NAME,
+    ORIGINAL_NAME,
     REPLACED,
     read_config,
     write_checkpoint,
@@ -44,7 +45,6 @@ TENSORBOARD_FOLDER = "tensorboard"
 FACTS_NAME = "facts.json"
 LEDGER_FOLDER = "ledger"  # `sphere.runs.ledger`
 JOB_NAME = "job.json"  # of a sweep, beside the run that is the job
-ORIGINAL_NAME = "edit_0.safetensors"
 STAGED_NAME = f".{ORIGINAL_NAME}.next_run{LEFTOVER}"  # a leftover, unless run.json says that it is awaited
 BESIDE = (JOB_NAME, LOCK_NAME, HOLDER_NAME)  # not the run's, and in nobody's way
 

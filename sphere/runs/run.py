@@ -57,6 +57,7 @@ from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
 from sphere.runs.replay import leave_out_undone
 from sphere.runs.sameness import check_prepared, check_same, decided
+from sphere.runs.saving import CheckpointWriter
 from sphere.values.chat_template import user_turn
 
 log = logging.getLogger(__name__)
@@ -269,13 +270,14 @@ def edit_and_save(
     board = folder / TENSORBOARD_FOLDER
     writer = TensorBoardWriter(board, editor.n_edits) if config.tensorboard and main else None
     ledger = Ledger(folder, editor, config.ledger, len(batches))
-    return _edit(editor, batches, saved, monitor, writer, ledger)
+    checkpoints = CheckpointWriter(folder, editor, saved, config.save)
+    return _edit(editor, batches, checkpoints, monitor, writer, ledger)
 
 
 def _edit(
     editor: Editor,
     batches: Sequence[Sequence[Record]],
-    saved: set[int],
+    checkpoints: CheckpointWriter,
     monitor: Monitor,
     writer: TensorBoardWriter | None,
     ledger: Ledger,
@@ -297,11 +299,11 @@ def _edit(
                 if not main:
                     raise
                 where, reason = f"Batch {index + 1} of {len(batches)}", str(error).rstrip(".")
-                raise SphereError(f"{where}: {reason}; {_keep_last_state(editor, ledger)}.") from error
+                raise SphereError(f"{where}: {reason}; {_keep_last_state(checkpoints, ledger)}.") from error
             reports.append(report)
             if main:
                 ledger.write(index + 1, report.n_edits, requests, updates)
-                _save(editor, ledger, index, report, report.n_edits in saved)
+                _save(editor, ledger, checkpoints, index, report)
             if writer:
                 writer.add(report.n_edits, report.seconds, report.layers)
             bar.update(len(batches[index]))
@@ -310,24 +312,24 @@ def _edit(
     return reports
 
 
-def _save(editor: Editor, ledger: Ledger, index: int, report: BatchReport, checkpoint: bool) -> None:
+def _save(
+    editor: Editor, ledger: Ledger, checkpoints: CheckpointWriter, index: int, report: BatchReport
+) -> None:
     """What a batch leaves on the disk; the resume point comes last: it vouches for the others."""
     folder, undone = ledger.folder, sorted(ledger.undone)
-    if checkpoint:
-        write_checkpoint(folder, report.n_edits, editor.final_weights(), undone=undone)
+    if checkpoints.due():
+        checkpoints.write(undone)
     _log_batch(folder, index, report)
     tensors, append_only, state = editor.state()
     size = write_resume(folder, tensors, append_only, state | ({"undone": undone} if undone else {}))
     log.info("Resume point after %d edits: %.1f MiB.", report.n_edits, size / 2**20)
 
 
-def _keep_last_state(editor: Editor, ledger: Ledger) -> str:
+def _keep_last_state(checkpoints: CheckpointWriter, ledger: Ledger) -> str:
     """Save the weights before a broken batch, to be scored; their resume point is there. Says what was done."""
-    if not editor.n_edits:
+    if not (n_edits := checkpoints.editor.n_edits):
         return "no batch was written before it"
-    weights = editor.final_weights()
-    path = write_checkpoint(ledger.folder, editor.n_edits, weights, undone=ledger.undone)
-    return f"the last good state, after {editor.n_edits} edits, is kept in {path}"
+    return f"the last good state, after {n_edits} edits, is kept in {checkpoints.write(ledger.undone)}"
 
 
 def _log_batch(folder: Path, index: int, report: BatchReport) -> None:
