@@ -102,7 +102,7 @@ def one_record(**changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"alg_name": "FOO"}, "Unknown method 'FOO'.*use one of AlphaEdit, FT"),
+        ({"alg_name": "FOO"}, "Unknown method 'FOO'.*use one of AlphaEdit, .*FT"),
         (
             {"hparams_fname": "no.json"},
             r"No hyperparameter file .*no\.json.*one of: tiny\.json.*--hparams_fname, ",
