@@ -28,7 +28,13 @@ H = TypeVar("H")
 INFORMATIONAL = ("model_name", "alg_name", "found_by")
 YAML = (".yaml", ".yml")
 # Keys that files of earlier versions do not have: left out where they are not given.
-NOT_GIVEN = {"rules": (), "z_stop": None, "z_stop_probability": None, "z_rescale": False}
+NOT_GIVEN = {
+    "rules": (),
+    "n_context_templates": 5,
+    "z_stop": None,
+    "z_stop_probability": None,
+    "z_rescale": False,
+}
 MOM2_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -76,6 +82,8 @@ class TargetHParams(ModuleHParams):
         v_loss_layer: layer whose output, through ln_f and lm_head, gives the target's likelihood.
         v_weight_decay: weight of ||delta|| / ||h0||^2.
         kl_factor: weight of the KL term on "{subject} is a".
+        n_context_templates: contexts that the model writes for a fact, beside the bare prompt: the published five, or
+            fewer for less work (z costs in proportion to 1 + n).
         z_stop: a request stops once its target's tokens have been the likeliest in all its prompts for so many further
             steps (`sphere.values.z_stop`); null: they do not matter.
         z_stop_probability: or once their mean probability is above this; null: it does not matter.
@@ -90,6 +98,7 @@ class TargetHParams(ModuleHParams):
     kl_factor: float
     fact_token: str = "subject_last"
     layer_selection: str = "all"
+    n_context_templates: int = 5
     z_stop: int | None = None
     z_stop_probability: float | None = None
     z_rescale: bool = False
@@ -105,6 +114,11 @@ class TargetHParams(ModuleHParams):
         if self.v_loss_layer < max(self.layers):
             raise SphereError(
                 f"v_loss_layer {self.v_loss_layer} lies below the last edited layer {max(self.layers)}: raise it."
+            )
+        if not 0 <= self.n_context_templates <= 5:
+            raise SphereError(
+                "n_context_templates must be from 0 (the bare prompt alone) to 5 (MEMIT's), got "
+                f"{self.n_context_templates}."
             )
         require(self, positive=("clamp_norm_factor", "v_lr"), not_negative=("v_weight_decay", "kl_factor"))
         if self.z_stop is not None:

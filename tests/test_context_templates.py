@@ -87,3 +87,11 @@ def test_fill_puts_prompt_and_subject_into_a_template():
     assert filled.text[: filled.subject_end].endswith("of Ann Lee")
     assert fill("{}", request).text == request.text
     assert fill("{}", request).subject_end == request.subject_end
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_fewer_templates_are_the_first_of_them(n, tiny_tokenizer):
+    bare, sampled = generate_context_templates(tiny_llama(), tiny_tokenizer, 3)
+    assert generate_context_templates(tiny_llama(), tiny_tokenizer, 3, n) == (
+        (bare, sampled[:n]) if n else (bare,)
+    )

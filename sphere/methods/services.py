@@ -23,7 +23,7 @@ from sphere.methods.edited_model import EditedModel
 from sphere.requests import EditRequest
 from sphere.values.compute_ks import ActivationsPass
 from sphere.values.compute_z import TargetValues, compute_z, gradient_pass_tokens
-from sphere.values.context_templates import BARE, generate_context_templates
+from sphere.values.context_templates import BARE, BEGINNINGS, generate_context_templates
 from sphere.values.layer_stats import SecondMoments
 from sphere.values.lengths import CaseText, check_lengths, edited_texts
 from sphere.values.tokenization import bos_text, changed_texts
@@ -70,8 +70,9 @@ class Services:
         """Groups of context templates; where they are generated, ask for the first time on the unedited model."""
         if self.given_templates is not None:
             return tuple(tuple(group) for group in self.given_templates)
-        model, tokenizer = self.edited.model, self.edited.tokenizer
-        return self.processes.on_main(lambda: generate_context_templates(model, tokenizer, self.seed))
+        model, tokenizer, hparams = self.edited.model, self.edited.tokenizer, self.edited.hparams
+        n = hparams.n_context_templates if isinstance(hparams, TargetHParams) else len(BEGINNINGS)
+        return self.processes.on_main(lambda: generate_context_templates(model, tokenizer, self.seed, n))
 
     def _asked(self, templates: Sequence[Sequence[str]]) -> list[list[str]]:
         """Context templates as the model is given them: in the user's turn, where there is one."""

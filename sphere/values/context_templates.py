@@ -47,9 +47,9 @@ def fill(template: str, request: EditRequest, bos: str = "") -> Filled:
 
 
 def generate_context_templates(
-    model: Any, tokenizer: PreTrainedTokenizerBase, seed: int
+    model: Any, tokenizer: PreTrainedTokenizerBase, seed: int, n: int = len(BEGINNINGS)
 ) -> tuple[tuple[str, ...], ...]:
-    """Groups of templates: (("{}",), (five sampled ones,)); the same seed gives the same ones."""
+    """Groups of templates: (("{}",), (n sampled ones,)), or the first alone for n = 0; a seed gives the same ones."""
     device = model.get_input_embeddings().weight.device
     config = GenerationConfig(
         do_sample=True,
@@ -61,9 +61,9 @@ def generate_context_templates(
     templates = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for beginning in BEGINNINGS:
+        for beginning in BEGINNINGS[:n]:
             ids = generate(model, [encode(tokenizer, beginning).ids], config)
             text = str(tokenizer.decode(ids[0], skip_special_tokens=True))
             templates.append(text.replace("{", " ").replace("}", " ") + ". {}")
     log.info("Context templates: %s", templates)
-    return (BARE,), tuple(templates)
+    return ((BARE,), tuple(templates)) if templates else ((BARE,),)
