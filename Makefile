@@ -1,4 +1,4 @@
-# make demo    edit the embedded model with and without SPHERE, and print the table
+# make demo    a stress test of MEMIT without and with SPHERE: table, report and figure, in minutes
 # make test    the whole test suite
 # make bench   every speed ratio, into benchmarks/results.md
 # make gemma   a second embedded model, Gemma 3 270M (230 MB), under Google's Gemma terms of use
@@ -10,7 +10,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := Edited_Weight/demo
 
 .PHONY: help setup setup-dev gemma demo test bench lint format docs clean
 .DELETE_ON_ERROR:
@@ -49,7 +48,7 @@ $(VENV)/.installed-docs: requirements-docs.txt | $(BIN)/python
 	@touch $@
 
 demo: setup
-	$(BIN)/python -m experiments.sweep sweep_dir=$(DEMO) beta_hse=0,0.5 use_cache=true
+	$(BIN)/python -m experiments.demo
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)

@@ -23,7 +23,7 @@ from sphere.evaluation.summary import percent
 from sphere.hypersphere import cosine_distribution, energy_change
 from sphere.report import make_report
 from sphere.report.collect import labels, load_run, load_runs, measure
-from sphere.report.figures import draw, score_points
+from sphere.report.figures import draw, score_and_energy, score_points
 from sphere.report.style import PALETTE, drawing, styles
 from sphere.report.tables import spearman, tables
 from sphere.report.weight_figures import densities, share_rows
@@ -203,6 +203,16 @@ def test_shares_are_means_over_the_weights(runs):
     plain, sphere = share_rows(runs[0])[0], share_rows(runs[1])[0]
     assert plain[1] == plain[2]
     assert sphere[1] > sphere[2]
+
+
+def test_score_and_energy_of_runs_beside_each_other(runs):
+    with drawing():
+        left, right = score_and_energy(runs[:2]).figure.axes
+    labels = [run.label for run in runs[:2]]
+    assert left.get_legend_handles_labels()[1] == right.get_legend_handles_labels()[1] == labels
+    lines = {line.get_label(): line for line in right.get_lines()}
+    for run in runs[:2]:
+        assert list(lines[run.label].get_xdata()) == [0, *run.energy_changes]
 
 
 def test_the_same_runs_give_the_same_files(page, folders):

@@ -15,7 +15,14 @@ from sphere.report.collect import RunData
 from sphere.report.lines import EDITS, Drawn, intervals, percent_limits, slug, value
 from sphere.report.pairs import Pair
 from sphere.report.style import GREY, Style, grid, label_axes, legend, styles
-from sphere.report.weight_figures import change_unit, cosines, energy_change, principal_share, whole_model
+from sphere.report.weight_figures import (
+    change_unit,
+    cosines,
+    energy_change,
+    energy_lines,
+    principal_share,
+    whole_model,
+)
 
 SCORE_PARTS = {
     "counterfact": {
@@ -45,7 +52,7 @@ def draw(runs: Sequence[RunData], pairs: Sequence[Pair] = ()) -> list[Drawn]:
     Args:
         pairs: of `sphere.report.pairs.compare`.
     """
-    look = dict(zip((r.label for r in runs), styles([(r.method, r.has_sphere) for r in runs]), strict=True))
+    look = looks(runs)
     drawn: list[Drawn | None] = [energy_change(runs, look)]
     kinds = sorted({run.kind for run in runs if run.kind})
     suffixes = {kind: "" if len(kinds) == 1 else f" ({kind})" for kind in kinds}
@@ -57,6 +64,25 @@ def draw(runs: Sequence[RunData], pairs: Sequence[Pair] = ()) -> list[Drawn]:
         drawn += [draw_one(by_kind[kind], look, suffixes[kind]) for kind in kinds]
     drawn += [cosines(runs, look), downstream(runs, look), principal_share(runs, look)]
     return [figure for figure in drawn if figure]
+
+
+def looks(runs: Sequence[RunData]) -> dict[str, Style]:
+    """How each run is drawn in all figures, by its label."""
+    return dict(zip((r.label for r in runs), styles([(r.method, r.has_sphere) for r in runs]), strict=True))
+
+
+def score_and_energy(runs: Sequence[RunData]) -> Drawn:
+    """Score and energy change of scored runs of one dataset against the number of edits, beside each other."""
+    look = looks(runs)
+    figure, (left, right) = grid(2, 2, 2.9)
+    for position, run in enumerate(runs):
+        x, entries = [row["n_edits"] for row in run.scored], [row["metrics"]["score"] for row in run.scored]
+        intervals(left, x, entries, run.label, look[run.label], position, len(runs))
+    label_axes(left, EDITS, "Score (%)")
+    left.set_ylim(*percent_limits(left))
+    energy_lines(right, [run for run in runs if run.energy_changes], look)
+    legend(figure)
+    return Drawn("score_and_energy", "Score and energy change against number of edits", "", figure)
 
 
 def score(runs: Sequence[RunData], look: dict[str, Style], suffix: str) -> Drawn | None:

@@ -26,18 +26,8 @@ def energy_change(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | No
     shown = [run for run in runs if run.energy_changes]
     if not shown:
         return None
-    factor, unit = change_unit(shown)
     figure, (axes,) = grid(1, 1, 3.6)
-    for run in shown:
-        x = [0, *run.energy_changes]
-        columns = [[0.0], *(list(changes.values()) for changes in run.energy_changes.values())]
-        mean = [factor * fmean(column) for column in columns]
-        low, high = ([factor * end(column) for column in columns] for end in (min, max))
-        line(axes, x, mean, run.label, look[run.label])
-        if len(shown) <= MOST_BANDS:
-            axes.fill_between(x, low, high, color=look[run.label].color, alpha=0.12, linewidth=0)
-    axes.axhline(0, color=GREY, linewidth=0.8)
-    label_axes(axes, EDITS, f"Change of hyperspherical energy ({unit})")
+    energy_lines(axes, shown, look)
     legend(figure)
     caption = (
         "Hyperspherical energy of each edited weight's neurons, relative to the unedited weight. Lines: mean over the "
@@ -45,6 +35,21 @@ def energy_change(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | No
         "aims at; ppm are parts per million."
     )
     return Drawn("energy_change", "Energy change against number of edits", caption, figure)
+
+
+def energy_lines(axes: Axes, runs: Sequence[RunData], look: dict[str, Style]) -> None:
+    """A line per run, and with few of them the range over the edited weights as a band."""
+    factor, unit = change_unit(runs)
+    for run in runs:
+        x = [0, *run.energy_changes]
+        columns = [[0.0], *(list(changes.values()) for changes in run.energy_changes.values())]
+        mean = [factor * fmean(column) for column in columns]
+        low, high = ([factor * end(column) for column in columns] for end in (min, max))
+        line(axes, x, mean, run.label, look[run.label])
+        if len(runs) <= MOST_BANDS:
+            axes.fill_between(x, low, high, color=look[run.label].color, alpha=0.12, linewidth=0)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    label_axes(axes, EDITS, f"Change of hyperspherical energy ({unit})")
 
 
 def change_unit(runs: Sequence[RunData]) -> tuple[float, str]:
