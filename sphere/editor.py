@@ -44,6 +44,8 @@ _WEIGHT, _RNG = "weight/", "rng/"
 
 # (name, weight after, weight before, metrics known already) -> further metrics; weights (out x in).
 Measure = Callable[[str, Tensor, Tensor, Metrics], Mapping[str, Any]]
+# (metrics of each weight, seconds that the batch took); an error undoes the batch.
+Check = Callable[[Mapping[str, Metrics], float], None]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class BatchReport:
             target values the batch came (`sphere.methods.delivery`); what was measured.
         warnings: sentences on repeated or conflicting requests, on absurdly large updates that were written, and on a
             batch that fell short of its target values.
-        measure_seconds: wall time of measuring (see `sphere.runs.monitor`); 0 where nothing was measured.
+        measure_seconds: wall time of measuring (see `sphere.runs.monitor`) and checking; 0 without either.
     """
 
     n_edits: int
@@ -175,6 +177,7 @@ class Editor:
         requests: Sequence[EditRequest],
         measure: Measure | None = None,
         updates: BatchUpdates | None = None,
+        check: Check | None = None,
     ) -> BatchReport:
         """Write one batch of requests into the model.
 
@@ -182,10 +185,11 @@ class Editor:
             measure: asked for further metrics of each edited weight once the batch is written, e.g.
                 `sphere.runs.monitor.Monitor.measure`. Where a method conditions the total change (PRUNE) it is shown
                 what is saved: the conditioned weight, beside the original one.
+            check: called at the end, while the model is as it is saved, e.g. `sphere.runs.guard.Guard.check`.
 
         Raises:
-            SphereError: bad requests; weights that somebody else has changed; or an update that is not finite or
-                absurdly large: the batch and the layer are named and the weights are as they were before the batch.
+            SphereError: bad requests; weights that somebody else has changed; an update that is not finite or absurdly
+                large, or what `check` raises: the weights are as they were before the batch.
         """
         if not requests:
             raise SphereError("There is nothing to edit: give at least one request.")
@@ -216,13 +220,16 @@ class Editor:
             seconds = time.perf_counter() - start
             if measure:
                 self._measure(measure, layers, before)
+            if check:
+                with self.ready_rules.as_saved():
+                    check(layers, seconds)
         except BaseException:
             self.weights.restore(before)
             self.method.keep_state(known)
             raise
         self.n_edits += len(requests)
         log.info("%d edits in %.1f s, %d in all.", len(requests), seconds, self.n_edits)
-        measuring = time.perf_counter() - start - seconds if measure else 0.0
+        measuring = time.perf_counter() - start - seconds if measure or check else 0.0
         return BatchReport(self.n_edits, seconds, layers, warnings, measuring)
 
     def _agree(self) -> None:

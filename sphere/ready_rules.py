@@ -5,7 +5,8 @@ Knows weights and rules. Knows nothing of methods or batches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -47,10 +48,17 @@ class ReadyRules:
             result[name] = self.weights.canonical(name, original + applied.delta).contiguous()  # turned back
         return result, noted
 
-    def final_weights(self) -> dict[str, Tensor]:
-        """What is saved and scored: the edited weights, conditioned where the rules say so (`Editor.final_weights`)."""
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Within it the weights are as they are saved and scored: conditioned where the rules say so."""
         if not self.rules.total:
-            return self.weights.stored()
+            yield
+            return
         with self.weights.temporarily():
             self.weights.restore(self.conditioned()[0])
+            yield
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """What is saved and scored: the edited weights, conditioned where the rules say so (`Editor.final_weights`)."""
+        with self.as_saved():
             return self.weights.stored()

@@ -31,6 +31,7 @@ from sphere.evaluation.evaluate_run import FOLDER as SUMMARY_FOLDER
 from sphere.evaluation.evaluate_run import SUMMARY_NAME
 from sphere.files import read_json
 from sphere.hypersphere import cosine_distribution, hyperspherical_energy
+from sphere.runs.guard_log import read_guard
 
 BINS = 4000  # of a cosine histogram over [-1, 1]
 PUBLISHED_FOLDER = re.compile(r"(?P<ds>.+)_weight_data_batch_(?P<n>\d+)_(?P<beta>[\d.]+)_(?P<alpha>[\d.]+)")
@@ -49,6 +50,7 @@ class RunData:
         batches: lines of the editing log, in order.
         summary: `summary/summary.json`, or None.
         downstream: `rect_eval/summary.json`, or None.
+        guard: lines of the guard's log, in order.
         label: how figures and tables call the run; distinct among the runs of a report.
         energy_changes: number of edits -> weight name -> relative change of the energy against the unedited weight.
         cosines: number of edits -> histogram of neuron cosines, all edited weights together; of the unedited and the
@@ -62,6 +64,7 @@ class RunData:
     batches: list[dict[str, Any]]
     summary: dict[str, Any] | None
     downstream: dict[str, Any] | None
+    guard: list[dict[str, Any]] = field(default_factory=list)
     label: str = ""
     energy_changes: dict[int, dict[str, float]] = field(default_factory=dict)
     cosines: dict[int, Histogram] = field(default_factory=dict)
@@ -143,6 +146,7 @@ def load_run(folder: Path) -> RunData:
         read_log(folder / LOG_NAME),
         summary,
         downstream,
+        read_guard(folder),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from sphere.evaluation.summary import THIRDS
 from sphere.report.collect import RunData
+from sphere.report.guard_figure import guard
 from sphere.report.lines import EDITS, Drawn, intervals, percent_limits, slug, value
 from sphere.report.pairs import Pair
 from sphere.report.style import GREY, Style, grid, label_axes, legend, styles
@@ -62,7 +63,7 @@ def draw(runs: Sequence[RunData], pairs: Sequence[Pair] = ()) -> list[Drawn]:
     drawn.append(whole_model(runs, look))
     for draw_one in (energy_against_score, retention):
         drawn += [draw_one(by_kind[kind], look, suffixes[kind]) for kind in kinds]
-    drawn += [cosines(runs, look), downstream(runs, look), principal_share(runs, look)]
+    drawn += [cosines(runs, look), downstream(runs, look), principal_share(runs, look), guard(runs, look)]
     return [figure for figure in drawn if figure]
 
 

@@ -24,6 +24,7 @@ from sphere.embedded import DEFAULT_MODEL, EMBEDDED
 from sphere.errors import SphereError
 from sphere.renamed import RENAMED, by_new_names
 from sphere.resources import find
+from sphere.runs.guard_limits import LIMITS, parse_limits
 
 if TYPE_CHECKING:
     from sphere.forward.passes import PassOptions
@@ -188,6 +189,15 @@ class RunConfig:
         "it",
         choices=("stop", "continue"),
     )
+    guard: bool = _setting(
+        False, "editing", "look at the model after each batch, and stop at the last good one before it breaks"
+    )
+    guard_limits: str | None = _setting(
+        None,
+        "editing",
+        "limits of --guard that are not the defaults, e.g. perplexity=2,energy=inf; defaults: "
+        + ", ".join(f"{name}={limit.default:g}" for name, limit in LIMITS.items()),
+    )
     conserve_memory: bool = _setting(
         False, "machine", "keep second moments, projectors and original weights off the GPU"
     )
@@ -234,6 +244,11 @@ class RunConfig:
             raise SphereError(
                 f"The dataset '{OWN_FACTS}' is the table that facts names: give that table, and no other dataset.",
                 argument=("ds_name", "facts"),
+            )
+        parse_limits(self.guard_limits)
+        if self.guard_limits and not self.guard:
+            raise SphereError(
+                "guard_limits are those of the guard: ask for it, too.", argument=("guard", "guard_limits")
             )
         if self.continue_from_run and self.overwrite:
             raise SphereError(

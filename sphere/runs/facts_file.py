@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from sphere.data.controls import control_prompts
 from sphere.data.facts import BadRow, Facts, read_facts, repeated
 from sphere.data.formats import Probe, Question
 from sphere.data.records import Record, load_records
@@ -25,14 +26,12 @@ from sphere.files import read_json, write_json
 from sphere.forward.passes import PassOptions
 from sphere.methods import get_method
 from sphere.requests import EditRequest
-from sphere.resources import shipped
 from sphere.runs.config import RunConfig
 from sphere.runs.folder import FACTS_NAME
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-CONTROLS = "data/control_prompts.json"
 SHOWN = 5  # bad rows that one error names
 
 
@@ -134,10 +133,7 @@ def complete_facts(
         by_id = {record.case_id: record for record in kept["records"]}
         if all(_fits(record, by_id.get(record.case_id)) for record in facts.records):
             return [by_id[record.case_id] for record in facts.records], kept["notes"]
-    controls = [
-        (entry["prompt"], entry["answer"]) for entry in read_json(shipped(CONTROLS), "control prompts")
-    ]
-    return complete(model, tokenizer, facts.records, controls, passes, user_turn)
+    return complete(model, tokenizer, facts.records, control_prompts(), passes, user_turn)
 
 
 def write_facts(

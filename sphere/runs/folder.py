@@ -51,7 +51,7 @@ BESIDE = (JOB_NAME, LOCK_NAME, HOLDER_NAME)  # not the run's, and in nobody's wa
 # Paths in a run's folder; each group is a number of edits.
 RUN_FILE = re.compile(
     r"""
-      run\.json | facts\.json | batches\.jsonl | edit_(\d+)\.safetensors | resume(?:_(\d+))?\.safetensors
+      run\.json | facts\.json | (?:batches|guard)\.jsonl | edit_(\d+)\.safetensors | resume(?:_(\d+))?\.safetensors
     | ledger/(?: (?:batch|edit)_(\d+)\.safetensors | history\.jsonl )
     | tensorboard/events\.out\.tfevents\.[^/]+
     | summary/(?: summary\.json | cases_edit_(\d+)\.jsonl | state_edit_(\d+)\.json )
@@ -63,7 +63,7 @@ RUN_FILE = re.compile(
     | report/(?: report\.html | tables\.md | paired\.json | \.lock | \.lock\.json )
     | report/figures/(?:
           energy_change | score | paired | whole_model | energy_against_score | retention | cosines | downstream
-          | principal_share
+          | principal_share | guard
       )(?:_\w+)?\.(?:svg|png)
     """,
     re.VERBOSE,

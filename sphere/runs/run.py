@@ -51,10 +51,12 @@ from sphere.runs.config import (
 from sphere.runs.dtypes import USED, z_matmul_dtype_used
 from sphere.runs.facts_file import complete_facts, own_facts, records_of, write_facts
 from sphere.runs.folder import ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
+from sphere.runs.guard import Guard, guard_of
 from sphere.runs.hparams import hparams_of, hparams_source
 from sphere.runs.ledger import Ledger
 from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
+from sphere.runs.other_hparams import take_other_hparams
 from sphere.runs.replay import leave_out_undone
 from sphere.runs.sameness import check_prepared, check_same, decided
 from sphere.runs.saving import CheckpointWriter
@@ -215,6 +217,7 @@ def begin_or_continue(
     """Write what a new run starts with, or take up the resume point of the one that is there."""
     on_main = editor.services.processes.on_main
     if previous:
+        previous = take_other_hparams(folder, previous, description | decisive, editor)
         check_same(previous, decisive, folder)
         if digest := previous.get("second_moments"):
             editor.services.second_moments.use(digest)
@@ -271,7 +274,9 @@ def edit_and_save(
     writer = TensorBoardWriter(board, editor.n_edits) if config.tensorboard and main else None
     ledger = Ledger(folder, editor, config.ledger, len(batches))
     checkpoints = CheckpointWriter(folder, editor, saved, config.save)
-    return _edit(editor, batches, checkpoints, monitor, writer, ledger)
+    order = [record for batch in batches for record in batch]
+    guard = guard_of(config, editor, order, folder, ledger.undone)
+    return _edit(editor, batches, checkpoints, monitor, writer, ledger, guard)
 
 
 def _edit(
@@ -281,6 +286,7 @@ def _edit(
     monitor: Monitor,
     writer: TensorBoardWriter | None,
     ledger: Ledger,
+    guard: Guard | None,
 ) -> list[BatchReport]:
     """The batches that are not yet done; after each one the log, the checkpoint and the resume point are written."""
     ends, main = list(accumulate(map(len, batches))), editor.services.processes.main
@@ -294,7 +300,9 @@ def _edit(
             try:
                 requests = [record.request for record in batches[index]]
                 updates = ledger.updates(len(requests)) if main else None
-                report = editor.edit(requests, monitor.measure if monitor.due(index) else None, updates)
+                measure = monitor.measure if monitor.due(index) else None
+                check = guard.check(index, len(requests)) if guard else None
+                report = editor.edit(requests, measure, updates, check)
             except SphereError as error:
                 if not main:
                     raise
@@ -309,6 +317,8 @@ def _edit(
             bar.update(len(batches[index]))
     if writer:
         writer.close()
+    if guard:
+        guard.finish()
     return reports
 
 
