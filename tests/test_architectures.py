@@ -117,6 +117,8 @@ def tiny_hparams(method: str, shipped: str, layers: list[int] | None = None) -> 
         "mom2_ridge": 1e-3,
         "nullspace_threshold": 1e9,
         "L2": 1e-3,
+        "L1": 1e-3,
+        "tau": 3,
         "num_steps": 5,
         "lr": 1e-2,
         "norm_constraint": None,

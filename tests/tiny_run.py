@@ -25,6 +25,7 @@ LABEL = "tiny"
 METHODS = tuple(BUILT_IN)
 OWN = {  # hyperparameters beside those of the MEMIT family
     "AlphaEdit": {"nullspace_threshold": 0.5, "L2": 1.0},
+    "BetaEdit": {"nullspace_threshold": 0.5, "L2": 1.0, "L1": 1.0, "tau": 4},
     "ENCORE": {"mom2_ridge": 1.0, "z_stop": 0},
     "FT": {"num_steps": 3, "lr": 1e-2},
     "MEND": {"rank": 4, "edit_lr": 0.1},

@@ -41,3 +41,11 @@ def encore(second_moment: Tensor, keys: Tensor, cache: Tensor, weight: float, ri
     """X = (lambda M + mu I + C + K K^T)^-1 K."""
     system = weight * second_moment + ridge * torch.eye(len(keys)).to(keys) + cache + keys @ keys.T
     return torch.linalg.solve(system, keys)
+
+
+def betaedit(
+    p: Tensor, second_moment: Tensor, keys: Tensor, cache: Tensor, weight: float, ridge: float
+) -> Tensor:
+    """X = (P (K K^T + C + l1 M) + l2 I)^-1 P K."""
+    system = p @ (keys @ keys.T + cache + weight * second_moment) + ridge * torch.eye(len(p)).to(p)
+    return torch.linalg.solve(system, p @ keys)

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 GROUP = "sphere.methods"
 BUILT_IN = {
     "AlphaEdit": "sphere.methods.alphaedit:AlphaEdit",
+    "BetaEdit": "sphere.methods.betaedit:BetaEdit",
     "EMMET": "sphere.methods.emmet:EMMET",
     "ENCORE": "sphere.methods.encore:ENCORE",
     "FT": "sphere.methods.ft:FT",

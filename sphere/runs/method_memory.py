@@ -71,6 +71,12 @@ def _alphaedit(hparams: Any, sizes: Sizes) -> list[Item]:
     return [*second_moments(sizes), basis, decomposition, *earlier_keys(sizes)]
 
 
+def _betaedit(hparams: Any, sizes: Sizes) -> list[Item]:
+    size = 2 * FLOAT64 * sizes.sum_squared_in
+    matrices = Item("sums of earlier keys, and factors", "sum of 16 in^2", size, sizes.offload_device)
+    return [*_alphaedit(hparams, sizes), matrices]
+
+
 def _sequential_solve(hparams: Any, sizes: Sizes) -> float:
     return _solves(sizes, sizes.n_edits / 2)
 
@@ -174,6 +180,7 @@ def _unknown_solve(hparams: Any, sizes: Sizes) -> float:
 DEFAULT = MethodMemory(_unknown, _unknown_solve)
 METHODS: dict[str, MethodMemory] = {
     "AlphaEdit": MethodMemory(_alphaedit, _sequential_solve),
+    "BetaEdit": MethodMemory(_betaedit, _sequential_solve),
     "FT": MethodMemory(_ft),
     "MEMIT": MethodMemory(_memit, _memit_solve),
     "MEMIT_prune": MethodMemory(_prune, _memit_solve),
