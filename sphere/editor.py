@@ -22,12 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sphere.answers import EDITED, UNEDITED, Asked, AskOptions, Question, ask_states, questions_of
 from sphere.distributed import Processes
 from sphere.errors import SphereError
-from sphere.factors import BatchUpdates
+from sphere.factors import BatchUpdates, Factors
 from sphere.forward.passes import PassOptions
 from sphere.hparams import ModuleHParams
 from sphere.methods import EditedModel, Method, Services, get_method
 from sphere.methods.chosen_rules import chosen_rules
 from sphere.methods.delivery import check_delivery
+from sphere.methods.projecting import check_project, updates_of
 from sphere.random_state import random_state, set_random_state
 from sphere.ready_rules import ReadyRules
 from sphere.requests import EditRequest, check_batch
@@ -81,6 +82,8 @@ class Editor:
         rules: names of `sphere.rules.RULES` whose chain replaces the method's own; None: those that the hyperparameters
             name, else the method's own.
         directions: SPHERE's are those of the "current" weight, as published, or of the "original" one.
+        project: whether the rules see each update before the next is solved ("within"), or all of them once all are
+            solved ("after", as EasyEdit's SPHERE; `sphere.methods.projecting`).
         revive_tau: fraction of the singular values' sum that REVIVE keeps updates out of.
         on_breakdown: "stop" refuses a batch with an absurdly large update; "continue" writes it with a warning, for
             those who want to see the model collapse. What is not finite is never written.
@@ -120,6 +123,7 @@ class Editor:
         alpha: float | None = None,
         rules: Sequence[str] | None = None,
         directions: str = "current",
+        project: str = "within",
         revive_tau: float = REVIVE_TAU,
         on_breakdown: str = "stop",
         seed: int = 0,
@@ -139,6 +143,7 @@ class Editor:
                 f"'{on_breakdown}'.",
                 argument="on_breakdown",
             )
+        check_project(project)
         kind = get_method(method) if isinstance(method, str) else method
         self.alpha = kind.default_alpha if alpha is None else alpha
         self.rules = chosen_rules(
@@ -168,7 +173,7 @@ class Editor:
             processes=processes or Processes(),
         )
         self.method = kind(self.edited, self.services, hparams)
-        self.on_breakdown = on_breakdown
+        self.on_breakdown, self.project = on_breakdown, project
         self.original = self.weights.snapshot(self.services.offload_device)
         self.ready_rules = ReadyRules(self.rules, self.weights, self.original)
 
@@ -203,8 +208,8 @@ class Editor:
         try:
             if self.n_edits:
                 self.ready_rules.continue_conditioned()
-            for name, delta in self.method.updates(requests):
-                written = self._write(name, delta, requests, warnings)
+            for name, delta, factors in updates_of(self.method, requests, self.project):
+                written = self._write(name, delta, factors, requests, warnings)
                 noted.setdefault(name, []).append(written.metrics)
                 if updates is not None:
                     updates.add(name, written.delta, written.factors)
@@ -254,7 +259,12 @@ class Editor:
             metrics.update(measure(name, after, earlier, metrics))
 
     def _write(
-        self, name: str, delta: Tensor, requests: Sequence[EditRequest], warnings: list[str]
+        self,
+        name: str,
+        delta: Tensor,
+        factors: Factors | None,
+        requests: Sequence[EditRequest],
+        warnings: list[str],
     ) -> Applied:
         """Pass one update through the rules and add it to its weight; what is odd about it is added to `warnings`."""
         weight = self.weights.get(name)
@@ -265,7 +275,7 @@ class Editor:
                 "use dtype float32.",
                 argument="dtype",
             )
-        rules, factors = self.ready_rules.of(name).each, self.method.factors()
+        rules = self.ready_rules.of(name).each
         applied = apply_rules(rules, delta.to(weight), weight, factors)
         delta = applied.delta
         size, norm = float(delta.norm()), float(weight.norm())

@@ -37,7 +37,7 @@ SETTINGS = (
         "num_edits",
         "beta_hse",
     ),
-    *("alpha", "rules", "directions", "revive_tau", "seed", "device", "dtype", "device_map"),
+    *("alpha", "rules", "directions", "project", "revive_tau", "seed", "device", "dtype", "device_map"),
     *(
         "stats_dir",
         "stats_from",

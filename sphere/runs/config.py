@@ -110,6 +110,13 @@ class RunConfig:
         "SPHERE: principal directions of the current weight, as published, or of the original one",
         choices=("current", "original"),
     )
+    project: str = _setting(
+        "within",
+        "editing",
+        "whether rules see each update before the next layer is solved, as published, or all once all layers are "
+        "solved, as in EasyEdit's SPHERE",
+        choices=("within", "after"),
+    )
     revive_tau: float = _setting(
         0.1, "editing", "REVIVE: fraction of the singular values' sum whose directions updates keep out of"
     )
@@ -332,6 +339,8 @@ def folder_of(config: RunConfig) -> Path:
     more = [] if names is None else ["+".join(names) or "no_rules"]
     if config.directions != RunConfig.directions:
         more.append(f"{config.directions}_directions")
+    if config.project != RunConfig.project:
+        more.append(f"project_{config.project}")
     if config.revive_tau != RunConfig.revive_tau:
         more.append(f"tau_{config.revive_tau:g}")
     if config.shuffle:

@@ -192,6 +192,7 @@ def editor_of(
         alpha=alpha_of(config),
         rules=rules_of(config),
         directions=config.directions,
+        project=config.project,
         revive_tau=config.revive_tau,
         seed=config.seed,
         model_label=model_label(config.model_name),

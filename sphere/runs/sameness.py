@@ -41,7 +41,7 @@ def decided(
 
 def _unusual(config: RunConfig) -> dict[str, Any]:
     """Rules that are not the published ones, and another order than the file's; earlier versions had neither."""
-    keys = ("rules", "directions", "revive_tau", "shuffle")
+    keys = ("rules", "directions", "project", "revive_tau", "shuffle")
     return {key: getattr(config, key) for key in keys if getattr(config, key) != getattr(RunConfig, key)}
 
 

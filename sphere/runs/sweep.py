@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 TABLE_NAME = "sweep"
 # What a run's own folder says where it is not the default.
-NAMED_IF_CHANGED = ("rules", "directions", "revive_tau", "shuffle", "chat_template")
+NAMED_IF_CHANGED = ("rules", "directions", "project", "revive_tau", "shuffle", "chat_template")
 # What a run's folder does not say by itself goes into the folder above it.
 UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype", "z_matmul_dtype")
 # What may change without a finished job being run again.
