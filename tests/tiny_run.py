@@ -31,6 +31,7 @@ OWN = {  # hyperparameters beside those of the MEMIT family
     "MEND": {"rank": 4, "edit_lr": 0.1},
     "NAS": {"nullspace_threshold": 0.5, "L2": 1.0},
     "ROME": {"layers": [1]},
+    "UltraEdit": {"lr": 1e-2},
 }
 
 
