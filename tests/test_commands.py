@@ -24,6 +24,7 @@ from sphere.commands.common import config_of, with_flags
 from sphere.commands.main import COMMANDS
 from sphere.errors import SphereError
 from sphere.files import read_json
+from sphere.methods import get_method
 from sphere.runs.config import RunConfig, by_new_names, command_of, settings
 
 ROOT = Path(__file__).parents[1]
@@ -179,7 +180,8 @@ def test_methods_are_listed_with_reference_and_defaults(
     assert [paragraph.splitlines()[0] for paragraph in paragraphs] == sorted(METHODS)
     for paragraph in paragraphs:
         assert "arXiv" in paragraph
-        assert f"alpha {'0.5' if paragraph.startswith('AlphaEdit') else '0.8'}, beta_hse 0.5" in paragraph
+        alpha = get_method(paragraph.splitlines()[0]).default_alpha
+        assert f"alpha {alpha:g}, beta_hse 0.5" in paragraph
         assert "SmolLM2-135M  layers " in paragraph
         assert "Qwen2.5-7B" in paragraph
     assert "rect_share 0.4" in out
