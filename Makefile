@@ -1,5 +1,6 @@
 # make demo    a stress test of MEMIT without and with SPHERE: table, report and figure, in minutes
 # make test    the whole test suite
+# make tutorial  the commands of the tutorial, as its page says them, on the default model
 # make bench   every speed ratio, into benchmarks/results.md
 # make gemma   a second embedded model, Gemma 3 270M (230 MB), under Google's Gemma terms of use
 # make lint    format, lint and types
@@ -11,7 +12,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup setup-dev gemma demo test bench lint format docs clean
+.PHONY: help setup setup-dev gemma demo test tutorial bench lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -52,6 +53,9 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
+
+tutorial: setup-dev
+	$(BIN)/python -m pytest -m slow tests/test_tutorial.py
 
 bench: setup-dev
 	$(BIN)/python -m benchmarks
