@@ -125,6 +125,8 @@ def tiny_hparams(method: str, shipped: str, layers: list[int] | None = None) -> 
         "rank": 4,
         "edit_lr": 0.03,
     }
+    if method == "UltraEdit":  # of standardised factors: FT's would carry a tiny model too far
+        small["lr"] = 3e-3
     values = {k: v for k, v in values.items() if k in names}
     return hparams_from_dict(values | {k: v for k, v in small.items() if k in names}, kind)
 

@@ -306,7 +306,11 @@ def test_flags(flags, interval, monkeypatch, tmp_path):
 
     def evaluate_run(*args, generation_interval, **options):
         found.append((generation_interval, Path(options["data_dir"]), options["seed"], options["dataset"]))
-        return {}
+        return {
+            "checkpoints": [
+                {"label": "edit_2", "n_edits": 2, "metrics": {"kind": "counterfact", "n_cases": 0}}
+            ]
+        }
 
     run = SimpleNamespace(
         editor=SimpleNamespace(revert=lambda: None),

@@ -75,6 +75,11 @@ def paused_run(tiny: TinyRun) -> Iterator[subprocess.Popen[str]]:
         process.wait(SECONDS)
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_two_processes_at_one_run(tiny: TinyRun) -> None:
     """Edited, continued, replaced, scored by another process meanwhile: each is refused and harms nothing."""
     config = tiny.config(**SETTINGS)
@@ -82,7 +87,7 @@ def test_two_processes_at_one_run(tiny: TinyRun) -> None:
     model, tokenizer = load_model(tiny.model, "cpu")
     records = execute(tiny.config("alone", **SETTINGS)).records
     with paused_run(tiny) as other:
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        before = contents(folder)
         attempts = [
             lambda: execute(config),
             lambda: execute(tiny.config(**SETTINGS, continue_from_run=True)),
@@ -95,7 +100,7 @@ def test_two_processes_at_one_run(tiny: TinyRun) -> None:
                 FolderInUseError, match=rf"in use by process {other.pid} on .* since \d{{4}}-"
             ):
                 attempt()
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert contents(folder) == before
         make_report([folder], progress=False)  # reading is possible
         other.communicate("\n", timeout=SECONDS)
         assert other.returncode == 0

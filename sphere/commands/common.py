@@ -83,6 +83,7 @@ def positive_int(text: str) -> int:
 
 GROUPS = ("editing", "model", "data", "output", "scoring", "machine")  # of flags, in the order of `--help`
 MODEL_FLAGS = ("model_name", "device", "dtype", "device_map")
+MOST_IN_BRACES = 6  # choices of a flag that fit a line of its usage
 DATA_FLAGS = ("ds_name", "data_dir", "dataset_size_limit")
 Groups = dict[str, argparse._ArgumentGroup]
 
@@ -114,9 +115,11 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
         return
     kind = positive_int if setting.at_least == 1 else setting.kind
     options: dict[str, Any] = {"choices": setting.choices} if setting.choices else {}
-    group.add_argument(
-        *spelled, dest=setting.name, type=kind, default=setting.default, help=setting.help, **options
-    )
+    text = setting.help
+    if setting.choices and len(setting.choices) > MOST_IN_BRACES:
+        options["metavar"] = "NAME"
+        text = f"{text}; one of {', '.join(setting.choices)}"
+    group.add_argument(*spelled, dest=setting.name, type=kind, default=setting.default, help=text, **options)
 
 
 def add_run_settings(parser: argparse.ArgumentParser) -> Groups:
