@@ -1,5 +1,6 @@
 # make demo    a stress test of MEMIT without and with SPHERE: table, report and figure, in minutes
 # make test    the whole test suite
+# make slow    the tests that take minutes each and are left out of make test
 # make tutorial  the commands of the tutorial, as its page says them, on the default model
 # make bench   every speed ratio, into benchmarks/results.md
 # make gemma   a second embedded model, Gemma 3 270M (230 MB), under Google's Gemma terms of use
@@ -12,7 +13,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup setup-dev gemma demo test tutorial bench lint format docs clean
+.PHONY: help setup setup-dev gemma demo test slow tutorial bench lint format docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -53,6 +54,9 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_FLAGS)
+
+slow: setup-dev
+	$(BIN)/python -m pytest -m slow
 
 tutorial: setup-dev
 	$(BIN)/python -m pytest -m slow tests/test_tutorial.py

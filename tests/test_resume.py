@@ -57,6 +57,7 @@ def check_same(folder: Path, reference: Path, n_records: int = N_RECORDS) -> Non
     assert [path.name for path in folder.glob(".*")] == [".lock"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_points(tiny: TinyRun) -> None:
     reference = tiny.config("uninterrupted", alpha=0.5)
     start = time.perf_counter()

@@ -55,6 +55,7 @@ def jobs(world: TinyRun) -> dict[str, dict]:
     return found
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_in_one_table(world):
     """Four jobs, two at a time; killed while at least one is finished and one is not."""
     pytest.importorskip(
