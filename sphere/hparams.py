@@ -27,10 +27,11 @@ H = TypeVar("H")
 # Keys for the reader that decide nothing: what other projects write, and how a tuning found the rest.
 INFORMATIONAL = ("model_name", "alg_name", "found_by")
 YAML = (".yaml", ".yml")
+N_CONTEXT_TEMPLATES = 5  # MEMIT's; their beginnings are in `sphere.values.context_templates`
 # Keys that files of earlier versions do not have: left out where they are not given.
 NOT_GIVEN = {
     "rules": (),
-    "n_context_templates": 5,
+    "n_context_templates": N_CONTEXT_TEMPLATES,
     "z_stop": None,
     "z_stop_probability": None,
     "z_rescale": False,
@@ -98,7 +99,7 @@ class TargetHParams(ModuleHParams):
     kl_factor: float
     fact_token: str = "subject_last"
     layer_selection: str = "all"
-    n_context_templates: int = 5
+    n_context_templates: int = N_CONTEXT_TEMPLATES
     z_stop: int | None = None
     z_stop_probability: float | None = None
     z_rescale: bool = False
@@ -115,9 +116,9 @@ class TargetHParams(ModuleHParams):
             raise SphereError(
                 f"v_loss_layer {self.v_loss_layer} lies below the last edited layer {max(self.layers)}: raise it."
             )
-        if not 0 <= self.n_context_templates <= 5:
+        if not 0 <= self.n_context_templates <= N_CONTEXT_TEMPLATES:
             raise SphereError(
-                "n_context_templates must be from 0 (the bare prompt alone) to 5 (MEMIT's), got "
+                f"n_context_templates must be from 0 (the bare prompt alone) to {N_CONTEXT_TEMPLATES} (MEMIT's), got "
                 f"{self.n_context_templates}."
             )
         require(self, positive=("clamp_norm_factor", "v_lr"), not_negative=("v_weight_decay", "kl_factor"))

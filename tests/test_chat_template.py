@@ -21,7 +21,8 @@ from sphere.evaluation.generation import continue_prompts
 from sphere.evaluation.scoring import score_records
 from sphere.evaluation.unedited_answers import complete
 from sphere.models import load_model
-from sphere.runs.config import command_of, folder_of
+from sphere.runs.config import command_of
+from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 from sphere.values.chat_template import in_turn, user_turn
 from sphere.values.compute_ks import ids_to_subject

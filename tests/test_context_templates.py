@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from sphere import EditRequest
 from sphere.forward.generate import generate
+from sphere.hparams import N_CONTEXT_TEMPLATES
 from sphere.values.context_templates import BEGINNINGS, fill, generate_context_templates
 from sphere.values.self_text import sample_documents
 
@@ -95,3 +96,7 @@ def test_fewer_templates_are_the_first_of_them(n, tiny_tokenizer):
     assert generate_context_templates(tiny_llama(), tiny_tokenizer, 3, n) == (
         (bare, sampled[:n]) if n else (bare,)
     )
+
+
+def test_hyperparameters_know_how_many_there_are():
+    assert len(BEGINNINGS) == N_CONTEXT_TEMPLATES

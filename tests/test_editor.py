@@ -20,7 +20,8 @@ from sphere.forward.passes import PassOptions
 from sphere.methods import Method
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.methods.sequential_solve import SequentialSolve
-from sphere.runs.config import RunConfig, alpha_of, beta_hse_of, settings
+from sphere.runs.config import RunConfig, settings
+from sphere.runs.resolve import alpha_of, beta_hse_of
 from sphere.weights import EditedWeights
 
 CPU = torch.device("cpu")

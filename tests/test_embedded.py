@@ -6,12 +6,11 @@ import hashlib
 import importlib
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import tiny_llama
+from gguf_files import write_gguf
 
 from sphere import SphereError, embedded, load_model
 from sphere.embedded import EMBEDDED, Embedded, assemble, part_files
@@ -142,39 +141,11 @@ def test_a_cache_that_cannot_be_written_to_is_one_sentence(tmp_path, monkeypatch
         kept_folder("thing", Maker())
 
 
-def tiny_gguf(path: Path, tokenizer) -> None:
-    """A random Llama as a GGUF file, float32."""
-    config, weights = tiny_llama().config, tiny_llama().state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    tokens += ["th", *(f"<{i}>" for i in range(len(tokens) + 1, config.vocab_size))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["t h"])
-    writer.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for key, weight in weights.items():
-        writer.add_tensor(names.get_name(key, (".weight",)), weight.numpy().astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_model_in_parts_is_that_of_its_gguf_file_bit_for_bit(
     tmp_path, monkeypatch, tiny_tokenizer, cache, caplog
 ):
     whole = tmp_path / "whole.gguf"
-    tiny_gguf(whole, tiny_tokenizer)
+    write_gguf(whole, tiny_tokenizer, tiny_llama())
     expected, tokenizer = load_model(str(whole), device="cpu")
     install(tmp_path / "site", monkeypatch, whole.read_bytes())
     with caplog.at_level("INFO"):

@@ -30,7 +30,8 @@ from sphere.data.records import load_records
 from sphere.errors import SphereError
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.methods.ft import FT
-from sphere.runs.config import RunConfig, hparams_path
+from sphere.runs.config import RunConfig
+from sphere.runs.resolve import hparams_path
 from sphere.runs.run import execute
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +103,7 @@ def one_record(**changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"alg_name": "FOO"}, "Unknown method 'FOO'.*use one of AlphaEdit, .*FT"),
+        ({"alg_name": "FOO"}, "Unknown method 'FOO'.*use one of AlphaEdit, BetaEdit, EMMET, ENCORE, FT"),
         (
             {"hparams_fname": "no.json"},
             r"No hyperparameter file .*no\.json.*one of: tiny\.json.*--hparams_fname, ",

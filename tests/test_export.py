@@ -27,7 +27,7 @@ from sphere.commands import export as export_command
 from sphere.errors import SphereError
 from sphere.export import ExportOptions, export_run
 from sphere.models import load_model
-from sphere.runs.config import folder_of
+from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 
 PROMPTS = ("Abcde is in", "Where is Rome? In", "x")

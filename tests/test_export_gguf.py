@@ -8,7 +8,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGUFReader
+from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sphere.checkpoints import read_weights, write_checkpoint, write_config
@@ -42,50 +43,6 @@ def random_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def write_gguf(path: Path, tokenizer: PreTrainedTokenizerBase, kinds: dict[str, str]) -> None:
-    """A random Llama as a GGUF file with tensors of several types, whose data end anywhere between alignments."""
-    model = random_model()
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    tokens += ["th", *(f"<{i}>" for i in range(len(tokens) + 1, config.vocab_size))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["t h"])
-    writer.add_eos_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for key, weight in model.state_dict().items():
-        if key == "lm_head.weight":
-            continue
-        name = names.get_name(key, (".weight",))
-        kind = GGMLQuantizationType[kinds.get(name, "F32")]
-        values = weight.numpy().astype(np.float32)
-        if kind == GGMLQuantizationType.Q4_K:
-            writer.add_tensor(name, q4_k(values.shape), raw_dtype=kind)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def q4_k(shape: tuple[int, int]) -> np.ndarray:
-    """Some values of a type that the gguf package reads and does not write: scale, minimum, 140 bytes of 256 values."""
-    blocks = np.random.default_rng(0).integers(0, 255, (shape[0], shape[1] // 256, 144), dtype=np.uint8)
-    blocks[..., :4] = np.frombuffer(np.array([1e-3, 1e-3], dtype=np.float16).tobytes(), dtype=np.uint8)
-    return blocks.reshape(shape[0], -1)
-
-
 def write_run(folder: Path, model_name: Path, names: tuple[str, ...] = DOWN) -> Path:
     """A run that has added a change of rank 3 to some weights of a model."""
     model, _ = load_model(str(model_name), device="cpu")
@@ -106,7 +63,7 @@ def write_run(folder: Path, model_name: Path, names: tuple[str, ...] = DOWN) -> 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    write_gguf(path, tiny_tokenizer, KINDS)
+    write_gguf(path, tiny_tokenizer, random_model(), KINDS)
     return path
 
 
@@ -229,7 +186,7 @@ def test_types_that_cannot_be_written_are_refused(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, tiny_tokenizer, KINDS | {"blk.0.ffn_down.weight": "Q4_K"})
+    write_gguf(path, tiny_tokenizer, random_model(), KINDS | {"blk.0.ffn_down.weight": "Q4_K"})
     run = write_run(tmp_path / "run", path)
     with pytest.raises(SphereError, match=r"of type Q4_K .*choose another one.* f16 or q8_0") as caught:
         export_run(run, "gguf", tmp_path / "out")

@@ -26,9 +26,10 @@ from sphere.hypersphere import condition_number, hyperspherical_energy
 from sphere.models import load_model
 from sphere.report import make_report
 from sphere.resources import shipped
-from sphere.runs.config import RunConfig, folder_of
+from sphere.runs.config import RunConfig
 from sphere.runs.guard_limits import LIMITS, parse_limits, passed
 from sphere.runs.guard_log import GUARD_NAME, read_guard
+from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 
 N, BATCH = 20, 4

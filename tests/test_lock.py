@@ -23,7 +23,7 @@ from sphere.evaluation.evaluate_run import evaluate_run
 from sphere.lock import FolderInUseError, locked
 from sphere.models import load_model
 from sphere.report import make_report
-from sphere.runs.config import folder_of
+from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 from sphere.runs.sweep import Job, run_job
 

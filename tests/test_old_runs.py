@@ -24,7 +24,8 @@ from sphere.evaluation.evaluate_run import evaluate_run
 from sphere.models import load_model
 from sphere.report import make_report
 from sphere.report.collect import load_run
-from sphere.runs.config import RunConfig, folder_of
+from sphere.runs.config import RunConfig
+from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 
 HPARAMS = {

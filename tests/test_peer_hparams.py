@@ -18,8 +18,8 @@ from sphere.commands.common import config_of
 from sphere.errors import SphereError
 from sphere.hparams import load_hparams
 from sphere.methods import get_method
-from sphere.runs.config import alpha_of, beta_hse_of, folder_of
 from sphere.runs.plan import plan_run
+from sphere.runs.resolve import alpha_of, beta_hse_of, folder_of
 from sphere.runs.run import execute
 
 TARGET = {

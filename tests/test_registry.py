@@ -108,5 +108,8 @@ def test_names_of_our_own_methods_are_not_for_others(
 
 def test_an_unknown_method_names_those_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, "mine_b", WORKING, "Mine = mine_b:Mine", monkeypatch)
-    with pytest.raises(SphereError, match=r"Unknown method 'FOO': use one of AlphaEdit, .*FT.*Mine, .*ROME"):
+    with pytest.raises(
+        SphereError,
+        match=r"Unknown method 'FOO': use one of AlphaEdit, BetaEdit, EMMET, ENCORE, FT.*Mine, NAS, ROME",
+    ):
         get_method("FOO")

@@ -23,7 +23,7 @@ from sphere.checkpoints import read_resume, write_resume
 from sphere.errors import SphereError
 from sphere.fingerprint import tensor_digest
 from sphere.methods import sequential_solve
-from sphere.runs.config import beta_hse_of
+from sphere.runs.resolve import beta_hse_of
 from sphere.runs.run import RunConfig, execute
 
 N_RECORDS, KILLS = 16, 10

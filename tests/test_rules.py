@@ -17,7 +17,8 @@ from sphere.errors import SphereError
 from sphere.linalg import thin_svd
 from sphere.projection import principal_directions, project_update
 from sphere.rules import CondenseSpectrum, LargestRelative, Random, Revive, RuleSet, Sphere, rule_chain
-from sphere.runs.config import RunConfig, folder_of
+from sphere.runs.config import RunConfig
+from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 
 

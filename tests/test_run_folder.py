@@ -22,7 +22,8 @@ from sphere.downstream import run_downstream
 from sphere.errors import SphereError
 from sphere.evaluation.evaluate_run import evaluate_run
 from sphere.report import make_report
-from sphere.runs.config import RunConfig, folder_of
+from sphere.runs.config import RunConfig
+from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 
 SHORT = {"alg_name": "FT", "dataset_size_limit": 4}

@@ -19,7 +19,7 @@ from sphere.export import export_run
 from sphere.factors import Factors
 from sphere.low_rank import Decomposition, rounding_norm
 from sphere.models import load_model
-from sphere.runs.config import folder_of
+from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 
 

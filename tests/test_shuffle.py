@@ -12,7 +12,8 @@ from sphere.commands.sweep_job import job_of
 from sphere.data.records import load_records, shuffled
 from sphere.errors import SphereError
 from sphere.evaluation.evaluate_run import evaluate_run
-from sphere.runs.config import RunConfig, command_of, folder_of
+from sphere.runs.config import RunConfig, command_of
+from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 
 

@@ -1,4 +1,4 @@
-"""The settings of a run, and what follows from them alone: its folder, its files, the command that makes it again.
+"""The settings of a run, and the command that makes it again; what they come to is in `sphere.runs.resolve`.
 
 Each field of `RunConfig` says in one place what it is called, its type, default, help, group and choices; the flags of
 the commands, the keys of a sweep and run.json are made from that. Knows names and paths. Loads no model, writes
@@ -8,14 +8,11 @@ nothing, and is imported without PyTorch.
 from __future__ import annotations
 
 import platform
-import re
 import shlex
 import typing
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +20,6 @@ from sphere.data.records import FILES
 from sphere.embedded import DEFAULT_MODEL, EMBEDDED
 from sphere.errors import SphereError
 from sphere.renamed import RENAMED, by_new_names
-from sphere.resources import find
 from sphere.runs.guard_limits import LIMITS, parse_limits
 
 if TYPE_CHECKING:
@@ -304,85 +300,6 @@ def settings() -> dict[str, Setting]:
 def config_in(stored: Mapping[str, Any]) -> RunConfig:
     """The settings that a `run.json` holds."""
     return RunConfig(**{name: value for name, value in by_new_names(stored).items() if name in settings()})
-
-
-def hparams_path(config: RunConfig) -> Path:
-    """The hyperparameter file of a run: in its `hparams_dir`, else among those that are shipped."""
-    from sphere.models import model_label
-
-    file = config.hparams_fname or f"{model_label(config.model_name)}.json"
-    return find(Path(config.hparams_dir) / config.alg_name / file)
-
-
-def rules_of(config: RunConfig) -> list[str] | None:
-    """The names of a run's update rules; None: the method's own."""
-    return (
-        None if config.rules is None else [name.strip() for name in config.rules.split(",") if name.strip()]
-    )
-
-
-def folder_of(config: RunConfig) -> Path:
-    """Where a run lands; rules that are not the published ones, another order and a chat template are in its name."""
-    from sphere.checkpoints import run_folder
-    from sphere.models import model_label
-
-    folder = run_folder(
-        config.output_dir,
-        config.alg_name,
-        model_label(config.model_name),
-        data_label(config),
-        config.num_edits,
-        beta_hse_of(config),
-        alpha_of(config),
-    )
-    names = rules_of(config)
-    more = [] if names is None else ["+".join(names) or "no_rules"]
-    if config.directions != RunConfig.directions:
-        more.append(f"{config.directions}_directions")
-    if config.project != RunConfig.project:
-        more.append(f"project_{config.project}")
-    if config.revive_tau != RunConfig.revive_tau:
-        more.append(f"tau_{config.revive_tau:g}")
-    if config.shuffle:
-        more.append(f"shuffled_{config.seed}")
-    if config.chat_template:
-        more.append("chat")
-    return folder.with_name("_".join([folder.name, *more]))
-
-
-def data_label(config: RunConfig) -> str:
-    """What a run's folder calls its data: the dataset, or the name of a table of one's own."""
-    if config.facts is None:
-        return config.ds_name
-    name = re.sub(r"[^\w.-]+", "_", Path(config.facts).stem).strip("_.-")
-    return name or OWN_FACTS
-
-
-def beta_hse_of(config: RunConfig) -> float:
-    """A run's cumulative ratio: its own, or what its hyperparameter file says, or the paper's."""
-    if config.beta_hse is not None:
-        return config.beta_hse
-    return _of_its_file(config).get("beta_hse", BETA_HSE)
-
-
-def alpha_of(config: RunConfig) -> float:
-    """A run's suppression strength: its own, or what its hyperparameter file says, or its method's default."""
-    from sphere.methods import get_method
-
-    if config.alpha is not None:
-        return config.alpha
-    return _of_its_file(config).get("alpha", get_method(config.alg_name).default_alpha)
-
-
-def _of_its_file(config: RunConfig) -> dict[str, float]:
-    """What a run's hyperparameter file says of SPHERE; nothing where it cannot be read, which is said elsewhere."""
-    from sphere.hparams import read_content
-    from sphere.peer_hparams import sphere_settings
-
-    path = hparams_path(config)
-    with suppress(SphereError):
-        return sphere_settings(read_content(path)) if path.exists() else {}
-    return {}
 
 
 def saved_at(checkpoints: str, ends: Sequence[int]) -> set[int]:

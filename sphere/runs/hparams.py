@@ -20,7 +20,8 @@ from sphere.methods.chosen_rules import chosen_rules
 from sphere.models import meta_model, model_label
 from sphere.resources import find
 from sphere.rules import RuleSet
-from sphere.runs.config import RunConfig, alpha_of, beta_hse_of, hparams_path, rules_of
+from sphere.runs.config import RunConfig
+from sphere.runs.resolve import alpha_of, beta_hse_of, hparams_path, rules_of
 
 log = logging.getLogger(__name__)
 

@@ -25,12 +25,13 @@ from sphere.hparams import HParams, ModuleHParams, TargetHParams
 from sphere.methods import Method, get_method
 from sphere.models import DTYPES, meta_model, model_label, resolve_device
 from sphere.rules import RuleSet
-from sphere.runs.config import RunConfig, beta_hse_of
+from sphere.runs.config import RunConfig
 from sphere.runs.hparams import hparams_of, run_rules
 from sphere.runs.ledger import ledger_bytes
 from sphere.runs.memory import DEVICE, DISK, FLOAT32, HOST, PHASES, Item, Sizes
 from sphere.runs.method_memory import memory_of
 from sphere.runs.operation_counter import Counted, count, edited_shapes
+from sphere.runs.resolve import beta_hse_of
 
 # Per request, means over CounterFact with the default model's tokenizer: rows in the optimisation of z, their tokens
 # before and from the subject's last one on, scored tokens of a row; prefix tokens that are run (shared ones once).

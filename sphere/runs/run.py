@@ -39,15 +39,7 @@ from sphere.lock import locked
 from sphere.methods import get_method
 from sphere.models import load_model, model_label
 from sphere.runs.batches import batch_ends, cut, parts_of
-from sphere.runs.config import (
-    RunConfig,
-    alpha_of,
-    beta_hse_of,
-    describe,
-    folder_of,
-    rules_of,
-    saved_at,
-)
+from sphere.runs.config import RunConfig, describe, saved_at
 from sphere.runs.dtypes import USED, z_matmul_dtype_used
 from sphere.runs.facts_file import complete_facts, own_facts, records_of, write_facts
 from sphere.runs.folder import ORIGINAL_NAME, TENSORBOARD_FOLDER, begin, open_folder
@@ -58,6 +50,7 @@ from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
 from sphere.runs.other_hparams import take_other_hparams
 from sphere.runs.replay import leave_out_undone
+from sphere.runs.resolve import alpha_of, beta_hse_of, folder_of, rules_of
 from sphere.runs.sameness import check_prepared, check_same, decided
 from sphere.runs.saving import CheckpointWriter
 from sphere.values.chat_template import user_turn

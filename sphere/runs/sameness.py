@@ -13,7 +13,8 @@ from sphere.checkpoints import USER_TURN
 from sphere.data.records import Record
 from sphere.editor import Editor
 from sphere.errors import SphereError
-from sphere.runs.config import RunConfig, alpha_of, beta_hse_of
+from sphere.runs.config import RunConfig
+from sphere.runs.resolve import alpha_of, beta_hse_of
 
 log = logging.getLogger(__name__)
 

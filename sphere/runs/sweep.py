@@ -35,9 +35,10 @@ from sphere.hparams import read_content
 from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
 from sphere.renamed import by_new_names
-from sphere.runs.config import PROGRAM, RunConfig, alpha_of, beta_hse_of, folder_of, settings
+from sphere.runs.config import PROGRAM, RunConfig, settings
 from sphere.runs.folder import JOB_NAME
 from sphere.runs.hparams import hparams_source
+from sphere.runs.resolve import alpha_of, beta_hse_of, folder_of
 from sphere.runs.run import execute
 
 log = logging.getLogger(__name__)

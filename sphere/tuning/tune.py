@@ -42,8 +42,9 @@ from sphere.report.figures import Drawn
 from sphere.report.page import png, svg
 from sphere.report.style import drawing
 from sphere.resources import find
-from sphere.runs.config import RunConfig, alpha_of, beta_hse_of
+from sphere.runs.config import RunConfig
 from sphere.runs.hparams import format_hparams, hparams_of, write_path
+from sphere.runs.resolve import alpha_of, beta_hse_of
 from sphere.tuning.causal_trace import causal_trace, choose_layers, known_facts, subject_noise
 from sphere.tuning.figures import effects, history
 from sphere.tuning.objective import Objective, Outcome

@@ -1,0 +1,93 @@
+"""What a run's settings come to: its hyperparameter file, its hook's numbers and rules, its folder.
+
+Knows names and paths, and is imported without PyTorch. Loads no model, writes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from sphere.errors import SphereError
+from sphere.resources import find
+from sphere.runs.config import BETA_HSE, OWN_FACTS, RunConfig
+
+
+def hparams_path(config: RunConfig) -> Path:
+    """The hyperparameter file of a run: in its `hparams_dir`, else among those that are shipped."""
+    from sphere.models import model_label
+
+    file = config.hparams_fname or f"{model_label(config.model_name)}.json"
+    return find(Path(config.hparams_dir) / config.alg_name / file)
+
+
+def rules_of(config: RunConfig) -> list[str] | None:
+    """The names of a run's update rules; None: the method's own."""
+    return (
+        None if config.rules is None else [name.strip() for name in config.rules.split(",") if name.strip()]
+    )
+
+
+def folder_of(config: RunConfig) -> Path:
+    """Where a run lands; rules that are not the published ones, another order and a chat template are in its name."""
+    from sphere.checkpoints import run_folder
+    from sphere.models import model_label
+
+    folder = run_folder(
+        config.output_dir,
+        config.alg_name,
+        model_label(config.model_name),
+        data_label(config),
+        config.num_edits,
+        beta_hse_of(config),
+        alpha_of(config),
+    )
+    names = rules_of(config)
+    more = [] if names is None else ["+".join(names) or "no_rules"]
+    if config.directions != RunConfig.directions:
+        more.append(f"{config.directions}_directions")
+    if config.project != RunConfig.project:
+        more.append(f"project_{config.project}")
+    if config.revive_tau != RunConfig.revive_tau:
+        more.append(f"tau_{config.revive_tau:g}")
+    if config.shuffle:
+        more.append(f"shuffled_{config.seed}")
+    if config.chat_template:
+        more.append("chat")
+    return folder.with_name("_".join([folder.name, *more]))
+
+
+def data_label(config: RunConfig) -> str:
+    """What a run's folder calls its data: the dataset, or the name of a table of one's own."""
+    if config.facts is None:
+        return config.ds_name
+    name = re.sub(r"[^\w.-]+", "_", Path(config.facts).stem).strip("_.-")
+    return name or OWN_FACTS
+
+
+def beta_hse_of(config: RunConfig) -> float:
+    """A run's cumulative ratio: its own, or what its hyperparameter file says, or the paper's."""
+    if config.beta_hse is not None:
+        return config.beta_hse
+    return _of_its_file(config).get("beta_hse", BETA_HSE)
+
+
+def alpha_of(config: RunConfig) -> float:
+    """A run's suppression strength: its own, or what its hyperparameter file says, or its method's default."""
+    from sphere.methods import get_method
+
+    if config.alpha is not None:
+        return config.alpha
+    return _of_its_file(config).get("alpha", get_method(config.alg_name).default_alpha)
+
+
+def _of_its_file(config: RunConfig) -> dict[str, float]:
+    """What a run's hyperparameter file says of SPHERE; nothing where it cannot be read, which is said elsewhere."""
+    from sphere.hparams import read_content
+    from sphere.peer_hparams import sphere_settings
+
+    path = hparams_path(config)
+    with suppress(SphereError):
+        return sphere_settings(read_content(path)) if path.exists() else {}
+    return {}
