@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def test_the_plan_is_asked_for_what_is_edited(tmp_path, tiny_tokenizer) -> None:
     assert (memit.n_edits, memit.done, memit.measured) == (8, 0, None)
     assert memit.seconds is not None
     assert ft.seconds is None  # the plan counts no training
+    assert memit.memory > memit.disk > 0
     plan = plan_run(jobs[0].config)
     batch = plan.seconds(dict.fromkeys(measure_rates("cpu", plan.dtype), 1.0))
     assert batch == sum(operations for _, _, operations in plan.flops)
@@ -98,4 +100,7 @@ def test_a_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path, tiny_tokenizer, m
             assert str(Path(f"seed_{seed}", method, "tiny", "starter_weight_data_batch_2_0.5_")) in out
     assert "4 jobs; about" in out
     assert "2 jobs of which it is not known yet" in out
+    assert re.search(
+        r"A job holds up to 0\.\d\d GiB of memory at a time, all files together 0\.\d\d GiB\.", out
+    )
     assert not (tmp_path / "sweep").exists()

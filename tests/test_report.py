@@ -30,7 +30,8 @@ from sphere.report.weight_figures import densities, share_rows
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FIGURES = (
-    "energy_change score paired whole_model energy_against_score retention cosines downstream principal_share"
+    "comparison energy_change score paired whole_model energy_against_score retention cosines downstream "
+    "principal_share"
 ).split()
 
 
@@ -125,7 +126,7 @@ def test_tables_show_the_numbers_of_the_runs(page, runs):
         low, high = (100 * x for x in accuracy["accuracy_interval"])
         assert f"{100 * accuracy['accuracy']:.1f} [{low:.1f}, {high:.1f}]" in cells
     assert "layer 4, mlp.down_proj" in cells
-    assert cells.count("unedited model") == 2  # once in each table of scores: the runs share it
+    assert cells.count("unedited model") == 3  # once in each table of scores: the runs share it
 
 
 def test_energies_and_cosines_are_those_of_the_weights(runs):

@@ -2,8 +2,9 @@
 
 Shows whatever the folders hold: run.json and batches.jsonl of `sphere edit`, summary/ and rect_eval/ of `sphere score`,
 and the checkpoints. Runs that edited the same facts in the same order, and that differ in nothing but SPHERE and the
-rules, are compared fact by fact with the plain one among them. Loads no model. Writes report/report.html,
-report/tables.md, report/paired.json and report/figures/. `python -m scripts.report` is the same command, in a
+rules, are compared fact by fact with the plain one among them; runs that differ in their seed only are one
+configuration of a comparison over facts and seeds. Loads no model. Writes report/report.html, report/tables.md,
+report/paired.json, report/comparison.json and report/figures/. `python -m scripts.report` is the same command, in a
 checkout.
 """
 
@@ -35,16 +36,23 @@ def parser() -> argparse.ArgumentParser:
         help="compare all runs with this one, whatever their settings (default: with the plain one among those that "
         "differ in nothing but SPHERE and the rules)",
     )
+    parser.add_argument(
+        "--reference",
+        metavar="LABEL",
+        default=None,
+        help="of runs with several seeds, or of several methods: the configuration that the comparison has the paired "
+        "differences to, by its label in the table (default: the first)",
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, draw, print."""
     args = parser().parse_args(argv)
-    from sphere.report import make_report, paired_text
+    from sphere.report import make_report, report_text
 
-    page = make_report(args.weight_folder, args.out, against=args.against)
-    if text := paired_text(page):
+    page = make_report(args.weight_folder, args.out, against=args.against, reference=args.reference)
+    if text := report_text(page):
         print(f"{text}\n")
     print(f"Report: {page}")
     return 0

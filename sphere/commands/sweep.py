@@ -8,7 +8,8 @@ Every key=value is one of sphere/commands/sweep.yaml or a flag of `sphere edit`;
 per value. First the jobs are listed with the time that they are expected to take; dry_run=true stops there. Jobs are
 Hydra's (multirun); its launchers say where they run. A sweep that was stopped goes on with the same command: finished
 jobs are not run again, the others continue. At the end <sweep_dir>/sweep.md, sweep.csv and sweep.json hold all jobs of
-the folder, and <sweep_dir>/report compares them (report=false: not), runs of the same facts by paired differences.
+the folder, and <sweep_dir>/report compares them (report=false: not), runs of the same facts by paired differences,
+means over seeds where there are several.
 `python -m experiments.sweep` is the same command, in a checkout.
 """
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{format_sweep(rows)}\n")
     print(f"Tables: {folder / 'sweep.md'}, sweep.csv, sweep.json")
     if own.report and any(row["metrics"] for row in rows):
-        _report(rows, folder)
+        _report(rows, folder, own.reference)
     open_ = [row for row in rows if row["status"] != "finished"]
     if open_:
         raise SphereError(
@@ -72,12 +73,12 @@ def _forecast(overrides: list[str], folder: Path, keep: bool) -> None:
         write_forecast(folder, expected)
 
 
-def _report(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def _report(rows: Sequence[Mapping[str, Any]], folder: Path, reference: str | None) -> None:
     """One report of all finished runs, with the differences of those that can be compared."""
-    from sphere.report import make_report, paired_text
+    from sphere.report import make_report, report_text
     from sphere.runs.sweep import report_command
 
-    page = make_report([row["folder"] for row in rows if row["metrics"]], folder)
-    if text := paired_text(page):
+    page = make_report([row["folder"] for row in rows if row["metrics"]], folder, reference=reference)
+    if text := report_text(page):
         print(f"\n{text}\n")
-    print(f"Report: {page}, again by {report_command(rows, folder)}")
+    print(f"Report: {page}, again by {report_command(rows, folder, reference)}")

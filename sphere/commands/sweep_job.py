@@ -26,7 +26,7 @@ from sphere.runs.sweep import Job, run_job
 log = logging.getLogger(__name__)
 
 ALONE = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # one job after the other
-OF_THE_COMMAND = ("dry_run", "report")  # no part of a job
+OF_THE_COMMAND = ("dry_run", "report", "reference")  # no part of a job
 DECIDED_HERE = ("output_dir", "continue_from_run", "overwrite")
 
 
@@ -39,6 +39,7 @@ def schema() -> type:
             keys.append((setting.name, kind, dataclasses.field(default=setting.default)))
             keys += [(old, setting.kind | None, dataclasses.field(default=None)) for old in setting.old_names]
     of_the_sweep: list[tuple[str, Any]] = [
+        ("reference", str | None),
         ("sweep_dir", str),
         ("generation_interval", int),
         ("exact_match_facts", int),
@@ -88,7 +89,7 @@ def _run(job: Job) -> None:
 
 
 def own_settings(overrides: list[str]) -> DictConfig:
-    """The settings of the sweep itself, as the overrides or the configuration say: sweep_dir, dry_run and report."""
+    """The settings of the sweep itself, as the overrides or the configuration say: sweep_dir, dry_run, report, ..."""
     own = [o for o in overrides if o.partition("=")[0] in ("sweep_dir", *OF_THE_COMMAND)]
     return _compose(own)
 
@@ -99,15 +100,15 @@ def jobs_of(overrides: list[str]) -> list[Job]:
     Raises:
         HydraException: overrides that Hydra refuses.
     """
-    choices = []
+    choices: dict[str, list[str]] = {}  # the last word on a key counts, as for Hydra
     for override in OverridesParser.create().parse_overrides(overrides):
         key = str(override.get_key_element())
         if key.lstrip("+~").startswith("hydra"):
             continue
         swept = override.is_sweep_override()
         values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
-        choices.append([f"{key}={value}" for value in values])
-    combinations = [_compose(list(words)) for words in itertools.product(*choices)]
+        choices[key] = [f"{key}={value}" for value in values]
+    combinations = [_compose(list(words)) for words in itertools.product(*choices.values())]
     containers: list[Any] = [OmegaConf.to_container(config, resolve=True) for config in combinations]
     return [job_of(values, number) for number, values in enumerate(containers)]
 

@@ -9,13 +9,13 @@ Knows the dicts that `sphere.evaluation.scoring` makes. Knows nothing of files.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sphere.errors import SphereError
-from sphere.evaluation.summary import SCORES, Case, bootstrap_means, interval, metrics_of
+from sphere.evaluation.summary import SCORES, Case, align, bootstrap_means, interval, metrics_of
 
 
 def paired_differences(first: Sequence[Case], second: Sequence[Case], seed: int = 0) -> dict[str, Any]:
@@ -31,25 +31,53 @@ def paired_differences(first: Sequence[Case], second: Sequence[Case], seed: int 
     Raises:
         SphereError: no case in common, or cases of several kinds.
     """
-    by_id: Mapping[int, Case] = {case["case_id"]: case for case in first}
-    pairs = [(by_id[case["case_id"]], case) for case in second if case["case_id"] in by_id]
-    kinds = {case["kind"] for pair in pairs for case in pair}
+    return differences_over_seeds([first], [second], seed)
+
+
+def differences_over_seeds(
+    first: Sequence[Sequence[Case]], second: Sequence[Sequence[Case]], seed: int = 0
+) -> dict[str, Any]:
+    """The same of two configurations, each run with the same seeds: facts and seeds are drawn for both at once.
+
+    Args:
+        first, second: cases of each one's runs, both in the order of the seeds; a fact counts where both runs of a seed
+            have it.
+
+    Returns:
+        As `paired_differences`; n_cases is the number of facts.
+
+    Raises:
+        SphereError: as `paired_differences`.
+    """
+    common = [
+        {case["case_id"] for case in one} & {case["case_id"] for case in other}
+        for one, other in zip(first, second, strict=True)
+    ]
+    aligned = align([
+        [case for case in cases if case["case_id"] in ids]
+        for runs in (first, second)
+        for cases, ids in zip(runs, common, strict=True)
+    ])  # fmt: skip
+    cases = [case for run in aligned for case in run if case]
+    kinds = {case["kind"] for case in cases}
     if len(kinds) != 1:
         raise SphereError(
-            f"The two runs have {len(pairs)} facts in common, of kinds {sorted(kinds)}: compare runs of one dataset."
+            f"The two runs have {len(set().union(*common))} facts in common, of kinds {sorted(kinds)}: compare runs of "
+            "one dataset."
         )
     kind = kinds.pop()
     names, columns = [], []
-    for name, metric in metrics_of(kind, [*first, *second]).items():
-        values = np.array([[metric(case) for case in pair] for pair in pairs], dtype=float).T  # 2 x n
+    for name, metric in metrics_of(kind, cases).items():
+        values = np.array([[metric(case) if case else None for case in run] for run in aligned], dtype=float)
+        values = values.reshape(2, len(first), -1)  # 2 x S x n
         values[:, np.isnan(values).any(axis=0)] = np.nan  # a pair counts where both have the metric
         if not np.isnan(values).all():
             names.append(name)
             columns.append(values)
-    table = np.concatenate(columns)  # 2 M x n: first and second of each metric in turn
+    table = np.concatenate(columns)  # 2 M x S x n: first and second of each metric in turn
     drawn = bootstrap_means(table, seed).reshape(len(names), 2, -1)  # M x 2 x B
-    means = np.nanmean(table, axis=1).reshape(len(names), 2)  # M x 2
-    result: dict[str, Any] = {"n_cases": len(pairs)}
+    means = np.nanmean(table, axis=(1, 2)).reshape(len(names), 2)  # M x 2
+    result: dict[str, Any] = {"n_cases": len(aligned[0])}
     for name, mean, draws in zip(names, means, drawn, strict=True):
         result[name] = _entry(mean[1] - mean[0], draws[1] - draws[0])
     for score, parts in SCORES[kind].items():

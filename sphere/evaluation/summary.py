@@ -9,6 +9,7 @@ Knows the dicts that `sphere.evaluation.scoring` makes. Knows nothing of models,
 from __future__ import annotations
 
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -115,19 +116,77 @@ def summarise(cases: Sequence[Case], seed: int = 0) -> dict[str, Any]:
     Raises:
         SphereError: no cases, or of several kinds.
     """
+    kind = _kind_of(cases)
+    names, table = _table(kind, [cases])  # (M, n): None becomes NaN
+    return {"kind": kind, "n_cases": len(cases)} | _entries(kind, names, table, seed)
+
+
+def summarise_seeds(runs: Sequence[Sequence[Case]], seed: int = 0) -> dict[str, Any]:
+    """Summary of runs of the same facts that differ in their seed; of one run alone what `summarise` says.
+
+    Facts and runs are drawn for the intervals, each on their own (`bootstrap_means`), so that an interval says what
+    other facts and other seeds might have given. Two or three runs say little of other seeds.
+
+    Returns:
+        As `summarise`, the means over all cases of all runs and n_cases the number of facts; beside that, "seeds" (the
+        number of runs) and for each metric and score "seed_std": sample standard deviation of the runs' own values,
+        None of a single run.
+
+    Raises:
+        SphereError: as `summarise`.
+    """
+    kind = _kind_of([case for cases in runs for case in cases])
+    aligned = align(runs)
+    names, table = _table(kind, aligned)
+    result: dict[str, Any] = {"kind": kind, "n_cases": len(aligned[0]), "seeds": len(runs)}
+    result |= _entries(kind, names, table, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a run without any of a metric: NaN
+        means = dict(zip(names, np.nanmean(table, axis=2), strict=True))  # name -> (S,)
+    for name, parts in SCORES[kind].items():
+        if result[name]:
+            of_parts = np.stack([means[part] for part in parts])  # 3 x S
+            means[name] = np.array([statistics.harmonic_mean(column) for column in of_parts.T.tolist()])
+    for name, own in means.items():
+        if result[name]:
+            result[name]["seed_std"] = float(own.std(ddof=1)) if len(runs) > 1 else None
+    return result
+
+
+def align(runs: Sequence[Sequence[Case]]) -> list[list[Case | None]]:
+    """Each run's cases in one order, that of the first run's facts; None where a run has not the fact."""
+    ids = dict.fromkeys(case["case_id"] for cases in runs for case in cases)
+    found = [{case["case_id"]: case for case in cases} for cases in runs]
+    return [[by_id.get(case_id) for case_id in ids] for by_id in found]
+
+
+def _kind_of(cases: Sequence[Case]) -> str:
     kinds = {case["kind"] for case in cases}
     if len(kinds) != 1:
         raise SphereError(
             f"Cannot summarise {len(cases)} cases of kinds {sorted(kinds)}: give one kind at a time."
         )
-    kind = kinds.pop()
-    values = {name: [metric(case) for case in cases] for name, metric in metrics_of(kind, cases).items()}
-    names = [name for name, column in values.items() if any(value is not None for value in column)]
-    table = np.array([values[name] for name in names], dtype=float)  # (M, n): None becomes NaN
+    return str(kinds.pop())
+
+
+def _table(kind: str, runs: Sequence[Sequence[Case | None]]) -> tuple[list[str], np.ndarray]:
+    """The metrics that any case has, and their values: (M, S, n), NaN for those that a case has not."""
+    metrics = metrics_of(kind, [case for cases in runs for case in cases if case])
+    values = {
+        name: [[metric(case) if case else None for case in cases] for cases in runs]
+        for name, metric in metrics.items()
+    }
+    table = np.array(list(values.values()), dtype=float)
+    present = ~np.isnan(table).all(axis=(1, 2))
+    return [name for name, there in zip(values, present, strict=True) if there], table[present]
+
+
+def _entries(kind: str, names: Sequence[str], table: np.ndarray, seed: int) -> dict[str, Any]:
+    """Metrics and scores with their intervals, of the values of cases (M, S, n)."""
     resampled = dict(zip(names, bootstrap_means(table, seed), strict=True))  # name -> (B,)
-    result: dict[str, Any] = {"kind": kind, "n_cases": len(cases)}
-    for name, column in zip(names, table, strict=True):
-        column = column[~np.isnan(column)]
+    result: dict[str, Any] = {}
+    for name, values in zip(names, table, strict=True):
+        column = values[~np.isnan(values)]
         low, high = interval(resampled[name])
         result[name] = {
             "mean": float(column.mean()),
@@ -156,20 +215,28 @@ def bootstrap_means(table: np.ndarray, seed: int) -> np.ndarray:
     """Means of cases drawn with replacement, all metrics of a draw over the same cases; NaNs are left out.
 
     Args:
-        table: (M, n) metrics of cases.
+        table: (M, n) metrics of cases; (M, S, n) of S runs of the same facts: then facts are drawn and runs are drawn,
+            independently (the pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122).
 
     Returns:
         (M, RESAMPLES)
     """
-    rng = np.random.default_rng(seed)
-    n = table.shape[1]
-    present = ~np.isnan(table)
-    filled = np.where(present, table, 0.0)
+    runs = table.reshape(len(table), -1, table.shape[-1])  # M x S x n
+    m, s, n = runs.shape
+    of_facts, of_runs = np.random.default_rng(seed), np.random.default_rng([seed, s])
+    present = ~np.isnan(runs)
+    filled = np.where(present, runs, 0.0)
     draws = []
     for size in _chunks(RESAMPLES, max(1, 10_000_000 // n)):
-        counts = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(float)  # (b, n)
+        facts = of_facts.multinomial(n, np.full(n, 1 / n), size=size).astype(float)  # b x n
+        times = of_runs.multinomial(s, np.full(s, 1 / s), size=size).astype(float)  # b x S
+
+        def total(values: np.ndarray, facts: np.ndarray = facts, times: np.ndarray = times) -> np.ndarray:
+            over_facts = (values.reshape(m * s, n) @ facts.T).reshape(m, s, -1)  # M x S x b
+            return np.einsum("msb,bs->mb", over_facts, times)
+
         with np.errstate(invalid="ignore"):
-            draws.append((filled @ counts.T) / (present.astype(float) @ counts.T))  # (M, b)
+            draws.append(total(filled) / total(present.astype(float)))  # M x b
     return np.concatenate(draws, axis=1)
 
 

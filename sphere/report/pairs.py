@@ -85,7 +85,7 @@ def references(runs: Sequence[RunData]) -> list[tuple[RunData, RunData]]:
             groups.setdefault(_decided(run.config), []).append(run)
     found = []
     for group in groups.values():
-        reference = next((run for run in group if _is_plain(run)), group[0])
+        reference = next((run for run in group if is_plain(run)), group[0])
         found += [(reference, run) for run in group if run is not reference]
     return found
 
@@ -95,7 +95,7 @@ def _decided(config: Mapping[str, Any]) -> str:
     return json.dumps([hparams, *(config.get(key) for key in DECIDED)], sort_keys=True)
 
 
-def _is_plain(run: RunData) -> bool:
+def is_plain(run: RunData) -> bool:
     """The method as it is published, without SPHERE."""
     own = run.config.get("rules"), run.config.get("hparams", {}).get("rules")
     return not run.config.get("beta_hse") and own == (None, None)
@@ -107,13 +107,13 @@ def _differences(reference: RunData, run: RunData) -> list[dict[str, Any]]:
     common = {row["n_edits"] for row in reference.scored} & {row["n_edits"] for row in run.scored}
     found = []
     for n_edits in sorted(common):
-        cases = _cases(reference, n_edits), _cases(run, n_edits)
+        cases = scored_cases(reference, n_edits), scored_cases(run, n_edits)
         if {c["case_id"] for c in cases[0]} & {c["case_id"] for c in cases[1]}:
             found.append({"n_edits": n_edits, **paired_differences(*cases)})
     return found
 
 
-def _cases(run: RunData, n_edits: int) -> list[Case]:
+def scored_cases(run: RunData, n_edits: int) -> list[Case]:
     """The cases of a checkpoint, [] where not all of them are there; text counts where the summary counts it."""
     folder, summary = run.folder / FOLDER, run.summary or {}
     cases = read_cases(folder / f"cases_edit_{n_edits}.jsonl")
@@ -141,11 +141,13 @@ def paired_lines(pairs: Sequence[Pair], kind: str, last: bool = False) -> list[l
     rows = [(pair, row) for pair in chosen for row in pair["differences"][-1 if last else 0 :]]
     columns = {title: key for title, key in COLUMNS[kind].items() if any(key in row for _, row in rows)}
     columns = {title: key for title, key in columns.items() if key not in GENERATION}
-    lines = [["run", "minus", "edits", "facts", *columns]]
+    seeds = ["seeds"] if any("seeds" in row for _, row in rows) else []
+    lines = [["run", "minus", *seeds, "edits", "facts", *columns]]
     for pair, row in rows:
         ends = pair["run"]["label"], pair["reference"]["label"]
         cells = [_cell(row.get(key)) for key in columns.values()]
-        lines.append([*ends, str(row["n_edits"]), str(row["n_cases"]), *cells])
+        own = [str(len(row["seeds"]))] if seeds else []
+        lines.append([*ends, *own, str(row["n_edits"]), str(row["n_cases"]), *cells])
     return lines
 
 

@@ -18,6 +18,7 @@ from scipy import stats
 from sphere.evaluation.further_tables import further_lines
 from sphere.evaluation.summary import THIRDS, cell, percent, table_lines
 from sphere.report.collect import RunData
+from sphere.report.comparison import Board, comparison_lines, difference_lines, file_suffix, suffix_of
 from sphere.report.figures import TASK_NAMES, score_points, task_rows
 from sphere.report.pairs import Pair, paired_lines
 from sphere.report.weight_figures import share_rows
@@ -56,14 +57,15 @@ def markdown(table: Table) -> str:
     return "\n".join([f"## {table.title}", "", *rows, *(["", table.note] if table.note else []), ""])
 
 
-def tables(runs: Sequence[RunData], pairs: Sequence[Pair] = ()) -> list[Table]:
+def tables(runs: Sequence[RunData], pairs: Sequence[Pair] = (), boards: Sequence[Board] = ()) -> list[Table]:
     """All tables that these runs have the numbers for.
 
     Args:
         pairs: of `sphere.report.pairs.compare`.
+        boards: of `sphere.report.comparison.boards`.
     """
     kinds = sorted({run.kind for run in runs if run.kind})
-    made = [overview(runs)]
+    made = [overview(runs), *(table for board in boards for table in compared(board, boards))]
     for kind in kinds:
         chosen = [run for run in runs if run.kind == kind]
         suffix = "" if len(kinds) == 1 else f"_{kind}"
@@ -156,6 +158,24 @@ def scores(runs: Sequence[RunData], suffix: str) -> list[Table]:
         )
     )
     return made
+
+
+def compared(board: Board, boards: Sequence[Board]) -> list[Table]:
+    """Configurations whatever their seed, and their paired differences."""
+    section, suffix = f"comparison{file_suffix(board, boards)}", suffix_of(board, boards)
+    note = (
+        "After the last edit; percent, means over facts and seeds. Intervals: 95 %, facts and (where there are "
+        "several) seeds drawn. Between seeds: sample standard deviation of the runs' scores. Perplexity and what is "
+        "said of the weights: means over seeds."
+    )
+    of_differences = (
+        "Percentage points, over the same facts and the same seeds of both. 95 % intervals of the paired difference, "
+        "facts and seeds drawn for both at once, each by itself: of many, some leave out 0 by chance."
+    )
+    return [
+        Table(f"Configurations compared{suffix}", comparison_lines(board), section, note),
+        Table(f"Their paired differences{suffix}", difference_lines(board), section, of_differences),
+    ]
 
 
 def paired(pairs: Sequence[Pair], kind: str, suffix: str) -> list[Table]:

@@ -60,10 +60,10 @@ RUN_FILE = re.compile(
           state\.json | (?:reasoning|nli|open_domain_qa|closed_domain_qa)\.jsonl
         | lm_eval/[^/]+(?:\.json|_samples\.jsonl)
       )
-    | report/(?: report\.html | tables\.md | paired\.json | \.lock | \.lock\.json )
+    | report/(?: report\.html | tables\.md | (?:paired|comparison)\.json | \.lock | \.lock\.json )
     | report/figures/(?:
-          energy_change | score | paired | whole_model | energy_against_score | retention | cosines | downstream
-          | principal_share | guard
+          comparison | energy_change | score | paired | whole_model | energy_against_score | retention | cosines
+          | downstream | principal_share | guard
       )(?:_\w+)?\.(?:svg|png)
     """,
     re.VERBOSE,

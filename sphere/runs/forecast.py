@@ -22,6 +22,7 @@ from sphere.models import resolve_device
 from sphere.runs.config import RunConfig
 from sphere.runs.facts_file import own_facts, records_of
 from sphere.runs.folder import JOB_NAME
+from sphere.runs.memory import DEVICE, DISK
 from sphere.runs.plan import measure_rates, plan_run
 from sphere.runs.sweep import Job, finished_before
 
@@ -39,6 +40,7 @@ class Expected:
         like: jobs with the same cost of an edit share this.
         n_edits: of the whole run.
         seconds: that the plan expects the editing to take; None where it cannot tell.
+        memory, disk: bytes that the plan expects it to hold at most, on its device and in files.
         done: edits that are in the log.
         measured: seconds that the finished job took, with its scoring; None: it is not finished.
     """
@@ -49,30 +51,43 @@ class Expected:
     seconds: float | None
     done: int = 0
     measured: float | None = None
+    memory: int = 0
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the plan says of a run: see `Expected`."""
+
+    seconds: float | None = None
+    memory: int = 0
+    disk: int = 0
 
 
 def expect(jobs: Iterable[Job]) -> list[Expected]:
     """What is to be expected of jobs, and how far each is."""
-    expected, rates, known = [], _Rates(), dict[RunConfig, float | None]()
+    expected, rates, known = [], _Rates(), dict[RunConfig, Cost]()
     for job in jobs:
         finished = finished_before(job)
         try:
-            n_edits, seconds = len(records_of(job.config, own_facts(job.config))), None
+            n_edits = len(records_of(job.config, own_facts(job.config)))
             alike = replace(job.config, output_dir="", seed=0, shuffle=False, dataset_size_limit=n_edits)
             if alike not in known:
-                known[alike] = _seconds(alike, rates)
-            seconds = known[alike]
+                known[alike] = _cost(alike, rates)
+            cost = known[alike]
         except SphereError as error:  # the job will say so itself
             log.warning("%s: %s", job.folder, error)
-            n_edits, seconds = 0, None
+            n_edits, cost = 0, Cost()
         expected.append(
             Expected(
                 str(job.folder),
                 f"{job.config.alg_name} {job.config.model_name} {job.config.num_edits}",
                 n_edits,
-                seconds,
+                cost.seconds,
                 _edits_done(job.folder),
                 finished["seconds"] if finished else None,
+                cost.memory,
+                cost.disk,
             )
         )
     return expected
@@ -90,16 +105,17 @@ class _Rates:
         return self._known[device, dtype]
 
 
-def _seconds(config: RunConfig, rates: _Rates) -> float | None:
-    """Editing time by the plan; None where the device is not here, or where the plan does not count all of a batch."""
+def _cost(config: RunConfig, rates: _Rates) -> Cost:
+    """By the plan; no time where the device is not here, or where the plan does not count all of a batch."""
     plan = plan_run(config)
+    memory, disk = plan.peak(DEVICE)[1], plan.peak(DISK)[1]
     try:
         device = str(resolve_device(config.device))
     except SphereError:
-        return None
+        return Cost(None, memory, disk)
     batch = plan.seconds(rates.of(device, plan.dtype))
     edits = config.dataset_size_limit or config.num_edits
-    return None if batch is None else batch * edits / min(config.num_edits, edits)
+    return Cost(None if batch is None else batch * edits / min(config.num_edits, edits), memory, disk)
 
 
 def _edits_done(folder: Path) -> int:
@@ -174,7 +190,9 @@ def format_forecast(expected: Sequence[Expected], sweep_dir: Path) -> str:
         "By the plan, at the rates measured here, one job after the other; until a job is finished, without scoring "
         "and without second moments that are still to be collected."
     )
-    return f"{format_lines(lines)}\n\n{len(expected)} jobs; {_left(expected)}. {note}"
+    most, files = max((job.memory for job in expected), default=0), sum(job.disk for job in expected)
+    room = f"A job holds up to {most / 2**30:.2f} GiB of memory at a time, all files together {files / 2**30:.2f} GiB."
+    return f"{format_lines(lines)}\n\n{len(expected)} jobs; {_left(expected)}. {note}\n{room}"
 
 
 def _left(expected: Sequence[Expected]) -> str:

@@ -387,7 +387,8 @@ def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(flat)
 
 
-def report_command(rows: Sequence[Mapping[str, Any]], out: Path) -> str:
+def report_command(rows: Sequence[Mapping[str, Any]], out: Path, reference: str | None = None) -> str:
     """The command that makes one report of all finished runs."""
     folders = [row["folder"] for row in rows if row["metrics"]]
-    return shlex.join([*PROGRAM, "report", "--weight_folder", *folders, "--out", str(out)])
+    flags = ["--reference", reference] if reference else []
+    return shlex.join([*PROGRAM, "report", "--weight_folder", *folders, *flags, "--out", str(out)])
