@@ -300,7 +300,9 @@ def _embedded_source(name: str) -> dict[str, Any]:
     embedded = EMBEDDED[name]
 
     def make(folder: Path) -> None:
-        log.info("%s is read from its GGUF file and kept in %s, once. %s.", name, cache_folder(), embedded.licence)
+        log.info(
+            "%s is read from its GGUF file and kept in %s, once. %s.", name, cache_folder(), embedded.licence
+        )
         whole = folder / f"{name}.gguf"
         assemble(part_files(name), whole, embedded.sha256)
         model, tokenizer = load_model(str(whole), device="cpu", dtype="float32")

@@ -40,10 +40,13 @@ def comparison_figure(board: Board, boards: Sequence[Board]) -> Drawn | None:
         panels[1].axvline(0, color=GREY, linewidth=0.8)
         panels[1].set_title("Difference to the reference")
         panels[1].tick_params(labelleft=False)
+    beside = (
+        f", and paired differences to {reference} over the same facts and seeds in percentage points (right)"
+    )
     caption = (
-        "Scores after the last edit, mean over facts and seeds (left; dotted: the unedited model), and paired "
-        f"differences to {reference} over the same facts and seeds in percentage points (right). Bars: 95 % bootstrap "
-        "intervals over facts and, where there are several, seeds."
+        "Scores after the last edit, mean over facts and seeds (dotted: the unedited model)"
+        f"{beside if differences else ''}. Bars: 95 % bootstrap intervals over facts and, where there are several, "
+        "seeds."
     )
     title = f"Configurations compared{suffix_of(board, boards)}"
     return Drawn(f"comparison{file_suffix(board, boards)}", title, caption, figure)
