@@ -1,7 +1,8 @@
 """Score the unedited model and every checkpoint of a run.
 
 With --ds_name: the edits. Writes <weight_folder>/summary/summary.json and prints the table.
-Without: the downstream tasks (reasoning, NLI, open- and closed-domain QA). Writes <weight_folder>/rect_eval/.
+Without: the downstream tasks (reasoning, NLI, open- and closed-domain QA). Writes <weight_folder>/rect_eval/ and prints
+their table.
 
 Both go on where they were stopped: what is finished is not scored again. `python -m scripts.evaluate_each_epoch` is
 the same command, in a checkout.
@@ -57,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
     )
     downstream.add_argument(
         "--tasks", type=_names, default=None, help="comma-separated names of tasks (default: all four)"
+    )
+    downstream.add_argument(
+        "--task_format",
+        choices=("ours", "published"),
+        default="ours",
+        help="prompts and grading: ours, or as the paper's authors score the tasks",
     )
     downstream.add_argument(
         "--lm_eval_tasks", type=_names, default=None, help="also these tasks of lm-evaluation-harness: a,b,c"
@@ -131,14 +138,14 @@ def _edits(args: argparse.Namespace) -> int:
 
 def _downstream(args: argparse.Namespace) -> int:
     from sphere.distributed import start
-    from sphere.downstream import run_downstream
+    from sphere.downstream import format_downstream, run_downstream
     from sphere.models import load_model
 
     only = _only(args)
     processes = start(args.device, args.device_map)
     model, tokenizer = load_model(args.model_name, processes.device, args.dtype, args.device_map)
     with processes.together():
-        run_downstream(
+        summary = run_downstream(
             model,
             tokenizer,
             args.weight_folder,
@@ -149,7 +156,9 @@ def _downstream(args: argparse.Namespace) -> int:
             only=only,
             passes=_passes(args),
             processes=processes,
+            task_format=args.task_format,
         )
     if processes.main:
+        print(format_downstream(summary))
         print(f"\nResults: {args.weight_folder / 'rect_eval'}")
     return 0

@@ -27,7 +27,7 @@ def greedy_batches(
     A prompt longer than the model's context loses tokens at its beginning. Of the model's own generation defaults only
     the tokens that end a text are heeded.
     """
-    room = _context(model) - max_new_tokens
+    room = context_length(model) - max_new_tokens
     rows = [encode(tokenizer, prompt).ids[-room:] for prompt in prompts]
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -43,7 +43,7 @@ def greedy_batches(
         yield list(zip(group, texts, strict=True))
 
 
-def _context(model: PreTrainedModel) -> int:
+def context_length(model: PreTrainedModel) -> int:
     """Longest sequence that the model takes."""
     config = model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or 1 << 30)

@@ -68,3 +68,38 @@ def task_metrics(records: Sequence[dict[str, Any]], positive: str | None) -> dic
         )
         result["mcc"] = float(matthews_corrcoef(gold, found))
     return result
+
+
+def published_metrics(records: Sequence[dict[str, Any]], positive: str | None = None) -> dict[str, Any]:
+    """Metrics over records that are graded in the published form.
+
+    Args:
+        records: as for `task_metrics`; of tasks with two classes also `choice`, the class of the likelier answer.
+        positive: of no use here: F1 is the classes' mean, weighted by their numbers.
+
+    Returns:
+        n, accuracy, its interval and unparsed as `task_metrics` (outputs without prediction are wrong);
+        accuracy_of_valid, the authors' `acc`, which leaves those out (None where there are only such); with two
+        classes also f1 and mcc, and choice_accuracy and choice_f1 of the likelier answers.
+    """
+    result = task_metrics(records, None)
+    if not records:
+        return result
+    valid = result["n"] - result["unparsed"]
+    right = sum(bool(record["correct"]) for record in records)
+    result["accuracy_of_valid"] = right / valid if valid else None
+    if "choice" in records[0]:
+        gold = [record["answers"][0] for record in records]
+        found = [record["prediction"] or UNPARSED for record in records]
+        likelier = [record["choice"] for record in records]
+        result["f1"] = weighted_f1(list(zip(gold, found, strict=True)))
+        result["mcc"] = float(matthews_corrcoef(gold, found))
+        result["choice_accuracy"] = sum(g == c for g, c in zip(gold, likelier, strict=True)) / len(gold)
+        result["choice_f1"] = weighted_f1(list(zip(gold, likelier, strict=True)))
+    return result
+
+
+def weighted_f1(items: Sequence[tuple[Any, Any]]) -> float:
+    """F1 of each class, averaged by how often it is right to name it; of (gold, predicted) pairs."""
+    gold, found = zip(*items, strict=True)
+    return float(f1_score(gold, found, average="weighted", zero_division=0))

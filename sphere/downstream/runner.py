@@ -24,8 +24,10 @@ from sphere.checkpoints import list_checkpoints
 from sphere.distributed import Processes
 from sphere.downstream import harness
 from sphere.downstream.decoding import greedy_batches
-from sphere.downstream.metrics import task_metrics
-from sphere.downstream.tasks import Example, Task, choose
+from sphere.downstream.likelihoods import answer_likelihoods
+from sphere.downstream.published import PUBLISHED
+from sphere.downstream.tasks import TASKS, Example, Task
+from sphere.errors import SphereError
 from sphere.evaluation.states import RunStates, State
 from sphere.files import atomic_path, read_json, write_json
 from sphere.forward.passes import PassOptions
@@ -33,6 +35,8 @@ from sphere.lock import locked
 
 FOLDER = "rect_eval"
 SUMMARY = "summary.json"
+TASK_FORMATS = {"ours": TASKS, "published": PUBLISHED}
+Said = dict[str, Any]  # of one prompt: see `_record`
 BLOCK = 64  # examples that each of several processes decodes before they are gathered and written
 
 
@@ -47,6 +51,7 @@ def run_downstream(
     only: Sequence[int] | None = None,
     passes: PassOptions | None = None,
     processes: Processes | None = None,
+    task_format: str = "ours",
 ) -> dict[str, Any]:
     """Score the unedited model and every checkpoint in `folder`; the model is left as it was.
 
@@ -61,6 +66,7 @@ def run_downstream(
         passes: how forward passes are cut, and whether memory is saved.
         processes: among which the examples are shared out (lm-evaluation-harness runs in the main one); the main one
             writes the files.
+        task_format: "ours", or "published": the form in which the paper's authors score the tasks.
 
     Returns:
         The summary as written to `rect_eval/summary.json`:
@@ -72,7 +78,7 @@ def run_downstream(
     """
     folder, processes, passes = Path(folder), processes or Processes(), passes or PassOptions()
     list_checkpoints(folder)  # a wrong folder is reported first
-    chosen = choose(tasks)
+    chosen = choose(tasks, task_format)
     examples = {task.name: task.examples(data_dir, num_tests) for task in chosen}
     evaluator = harness.Harness(lm_eval_tasks, data_dir, num_tests, passes) if lm_eval_tasks else None
     with locked(folder, processes):
@@ -81,6 +87,24 @@ def run_downstream(
         with states.temporarily(passes.offload_device):
             asked = (state for state in states if only is None or state.n_edits in only)
             return scoring.score(states, asked, [(task, examples[task.name]) for task in chosen], evaluator)
+
+
+def choose(names: Sequence[str] | None, task_format: str = "ours") -> list[Task]:
+    """The tasks of these names in one of `TASK_FORMATS`, all for None.
+
+    Raises:
+        SphereError: an unknown name or format.
+    """
+    if task_format not in TASK_FORMATS:
+        raise SphereError(
+            f"Unknown form of the downstream tasks '{task_format}': use {' or '.join(TASK_FORMATS)}.",
+            argument="task_format",
+        )
+    known = TASK_FORMATS[task_format]
+    for name in names or ():
+        if name not in known:
+            raise SphereError(f"Unknown downstream task '{name}': use {', '.join(known)}.", argument="tasks")
+    return [task for name, task in known.items() if names is None or name in names]
 
 
 class _Scoring:
@@ -113,7 +137,7 @@ class _Scoring:
                 entry.clear()
                 entry |= {"n_edits": state.n_edits, "key": state.digest(), "tasks": {}}
             for task, examples in tasks:
-                entry["tasks"][task.name] = task_metrics(self._decode(state, task, examples), task.positive)
+                entry["tasks"][task.name] = task.scores(self._decode(state, task, examples))
                 self._write(summary)
             if evaluator:
                 run = partial(
@@ -151,7 +175,7 @@ class _Scoring:
             if old is not None and old["prompt"] != example.prompt:
                 del records[example.index]
             elif old is not None:
-                records[example.index] = _record(key, task, example, old["output"])
+                records[example.index] = _record(key, task, example, old)
         missing = [example for example in examples if example.index not in records]
         bar = tqdm(
             total=len(examples),
@@ -161,30 +185,42 @@ class _Scoring:
             disable=not self.processes.main,
         )
 
-        def decode(prompts: list[str]) -> Iterator[list[tuple[int, str]]]:
-            return greedy_batches(self.model, self.tokenizer, prompts, task.max_new_tokens, self.passes)
+        def decode(prompts: list[str]) -> Iterator[list[tuple[int, Said]]]:
+            for batch in greedy_batches(
+                self.model, self.tokenizer, prompts, task.max_new_tokens, self.passes
+            ):
+                choices = self._choices(task, [prompts[i] for i, _ in batch])
+                yield [(i, {"output": text} | own) for (i, text), own in zip(batch, choices, strict=True)]
 
         with bar if missing else nullcontext():
             for batch in _shared(decode, [e.prompt for e in missing], self.processes):
-                for position, output in batch:
+                for position, said in batch:
                     example = missing[position]
-                    records[example.index] = _record(key, task, example, output)
+                    records[example.index] = _record(key, task, example, said)
                 if self.processes.main:
                     _write_records(path, records)
                 bar.update(len(batch))
         return [records[example.index] for example in sorted(examples, key=lambda example: example.index)]
 
+    def _choices(self, task: Task, prompts: list[str]) -> list[Said]:
+        """How likely each of the task's choices is after each prompt: mean log-likelihood of its tokens."""
+        if not task.choices:
+            return [{} for _ in prompts]
+        names, words = zip(*task.choices, strict=True)
+        found = answer_likelihoods(self.model, self.tokenizer, prompts, words, self.passes)
+        return [{"log_likelihoods": dict(zip(names, values, strict=True))} for values in found]
+
 
 def _shared(
-    decode: Callable[[list[str]], Iterator[list[tuple[int, str]]]], prompts: list[str], processes: Processes
-) -> Iterator[list[tuple[int, str]]]:
+    decode: Callable[[list[str]], Iterator[list[tuple[int, Said]]]], prompts: list[str], processes: Processes
+) -> Iterator[list[tuple[int, Said]]]:
     """Batches of (index of the prompt, continuation), each process decoding its share, longest prompts first."""
     if processes.size == 1:
         yield from decode(prompts)
         return
 
-    def share(chosen: Sequence[int]) -> list[tuple[int, str]]:
-        return [(chosen[i], text) for batch in decode([prompts[i] for i in chosen]) for i, text in batch]
+    def share(chosen: Sequence[int]) -> list[tuple[int, Said]]:
+        return [(chosen[i], said) for batch in decode([prompts[i] for i in chosen]) for i, said in batch]
 
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     block = BLOCK * processes.size
@@ -192,7 +228,10 @@ def _shared(
         yield [pair for part in processes.shares(share, order[start : start + block]) for pair in part]
 
 
-def _record(key: str, task: Task, example: Example, output: str) -> dict[str, Any]:
+def _record(key: str, task: Task, example: Example, said: Said) -> dict[str, Any]:
+    """A line of the task's file; `said` holds "output", and "log_likelihoods" of the task's choices."""
+    output = said["output"]
+    choices = said["log_likelihoods"] if task.choices else None
     return {
         "key": key,
         "index": example.index,
@@ -200,6 +239,7 @@ def _record(key: str, task: Task, example: Example, output: str) -> dict[str, An
         "answers": list(example.answers),
         "output": output,
         **task.grade(output, example.answers),
+        **({"log_likelihoods": choices, "choice": max(choices, key=choices.__getitem__)} if choices else {}),
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Task:
         grade: (output, answers) -> {"prediction", "correct", further figures}.
         max_new_tokens: of the answer.
         positive: the positive class for F1, where there are two classes.
+        choices: (class, the word whose likelihood after the prompt speaks for it); () where outputs alone count.
+        summarise: graded records, positive -> the task's metrics.
     """
 
     name: str
@@ -51,6 +53,12 @@ class Task:
     grade: Callable[[str, tuple[str, ...]], dict[str, Any]]
     max_new_tokens: int
     positive: str | None = None
+    choices: tuple[tuple[str, str], ...] = ()
+    summarise: Callable[[Sequence[dict[str, Any]], str | None], dict[str, Any]] = metrics.task_metrics
+
+    def scores(self, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Metrics over graded records; see `sphere.downstream.metrics`."""
+        return self.summarise(records, self.positive)
 
     def examples(self, data_dir: str | Path, limit: int | None = None) -> list[Example]:
         """The first `limit` examples of the task's file.
@@ -192,15 +200,3 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
-
-
-def choose(names: list[str] | None) -> list[Task]:
-    """The tasks of these names, all for None.
-
-    Raises:
-        SphereError: an unknown name.
-    """
-    for name in names or ():
-        if name not in TASKS:
-            raise SphereError(f"Unknown downstream task '{name}': use {', '.join(TASKS)}.")
-    return [task for task in TASKS.values() if names is None or task.name in names]

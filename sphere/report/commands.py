@@ -8,6 +8,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from sphere.downstream.published import PREFIX
 from sphere.report.collect import RunData
 from sphere.report.weight_figures import share_rows
 from sphere.runs.config import PROGRAM, RunConfig, command_of
@@ -40,9 +41,13 @@ def score_command(run: RunData) -> str:
 
 def downstream_command(run: RunData) -> str:
     """The command that runs the downstream tasks (again)."""
+    downstream = run.downstream or {}
+    names = [name for entry in downstream.get("checkpoints", {}).values() for name in entry.get("tasks", {})]
+    published = bool(names) and all(name.startswith(PREFIX) for name in names)
     flags = {
         "data_dir": run.config.get("data_dir"),
-        "num_tests": (run.downstream or {}).get("num_tests"),
+        "num_tests": downstream.get("num_tests"),
+        "task_format": "published" if published else None,
     }
     return _evaluate(run, flags)
 

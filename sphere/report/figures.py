@@ -10,6 +10,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from sphere.downstream.published import PREFIX
 from sphere.evaluation.summary import THIRDS
 from sphere.report.collect import RunData
 from sphere.report.guard_figure import guard
@@ -45,6 +46,7 @@ TASK_NAMES = {
     "open_domain_qa": "Open-domain QA",
     "closed_domain_qa": "Closed-domain QA",
 }
+TASK_NAMES |= {f"{PREFIX}{name}": f"{title}, published form" for name, title in TASK_NAMES.items()}
 
 
 def draw(runs: Sequence[RunData], pairs: Sequence[Pair] = ()) -> list[Drawn]:

@@ -290,8 +290,10 @@ def _accuracy(scores: dict[str, Any] | None) -> str:
 
 def _others(scores: dict[str, Any]) -> str:
     parts = []
-    for key, name in (("exact_match", "exact match"), ("f1", "F1")):
-        if key in scores:
+    shown = {"exact_match": "exact match", "f1": "F1", "accuracy_of_valid": "accuracy of valid outputs"}
+    shown |= {"choice_accuracy": "accuracy of the likelier answer", "choice_f1": "its F1"}
+    for key, name in shown.items():
+        if scores.get(key) is not None:
             parts.append(f"{name} {100 * scores[key]:.1f} %")
     if "mcc" in scores:
         parts.append(f"MCC {scores['mcc']:.2f}")

@@ -57,7 +57,7 @@ RUN_FILE = re.compile(
     | summary/(?: summary\.json | cases_edit_(\d+)\.jsonl | state_edit_(\d+)\.json )
     | rect_eval/summary\.json
     | rect_eval/edit_(\d+)/(?:
-          state\.json | (?:reasoning|nli|open_domain_qa|closed_domain_qa)\.jsonl
+          state\.json | (?:published_)?(?:reasoning|nli|open_domain_qa|closed_domain_qa)\.jsonl
         | lm_eval/[^/]+(?:\.json|_samples\.jsonl)
       )
     | report/(?: report\.html | tables\.md | (?:paired|comparison)\.json | \.lock | \.lock\.json )
