@@ -30,6 +30,7 @@ from sphere.errors import SphereError
 from sphere.factors import Factors
 from sphere.files import atomic_path, read_json, write_json
 from sphere.renamed import by_new_names
+from sphere.strength import OrAuto, in_words
 
 CONFIG_NAME = "run.json"
 LOG_NAME = "batches.jsonl"
@@ -55,10 +56,17 @@ class Checkpoint:
 
 
 def run_folder(
-    output_dir: str | Path, alg: str, model: str, dataset: str, num_edits: int, beta_hse: float, alpha: float
+    output_dir: str | Path,
+    alg: str,
+    model: str,
+    dataset: str,
+    num_edits: int,
+    beta_hse: OrAuto,
+    alpha: OrAuto,
 ) -> Path:
     """The folder of a run, e.g. Edited_Weight/AlphaEdit/Qwen2.5-7B/mcf_weight_data_batch_100_0.5_0.5."""
-    return Path(output_dir) / alg / model / f"{dataset}_weight_data_batch_{num_edits}_{beta_hse:g}_{alpha:g}"
+    numbers = f"{num_edits}_{in_words(beta_hse)}_{in_words(alpha)}"
+    return Path(output_dir) / alg / model / f"{dataset}_weight_data_batch_{numbers}"
 
 
 def write_checkpoint(

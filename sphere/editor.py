@@ -33,6 +33,7 @@ from sphere.random_state import random_state, set_random_state
 from sphere.ready_rules import ReadyRules
 from sphere.requests import EditRequest, check_batch
 from sphere.rules import REVIVE_TAU, Applied, Metrics, apply_rules
+from sphere.strength import ALPHA_BUDGET, OrAuto
 from sphere.values.chat_template import user_turn
 
 log = logging.getLogger(__name__)
@@ -77,8 +78,10 @@ class Editor:
     Args:
         method: a name of `sphere.methods.available_methods()`, or a class of one's own.
         hparams: hyperparameters of the method's class.
-        beta_hse: cumulative ratio of the SPHERE hook; 0 switches it off.
-        alpha: suppression strength of the hook; None: the method's own (the paper's 0.8, AlphaEdit 0.5).
+        beta_hse: cumulative ratio of the SPHERE hook, or "auto"; 0 switches it off.
+        alpha: suppression strength of the hook, or "auto"; None: the method's own (the paper's 0.8, AlphaEdit 0.5).
+        alpha_budget: the fraction of a weight's principal part that edits may put there with alpha "auto"
+            (`sphere.strength`).
         rules: names of `sphere.rules.RULES` whose chain replaces the method's own; None: those that the hyperparameters
             name, else the method's own.
         directions: SPHERE's are those of the "current" weight, as published, or of the "original" one.
@@ -119,8 +122,9 @@ class Editor:
         method: str | type[Method],
         hparams: ModuleHParams,
         *,
-        beta_hse: float = 0.5,
-        alpha: float | None = None,
+        beta_hse: OrAuto = 0.5,
+        alpha: OrAuto | None = None,
+        alpha_budget: float = ALPHA_BUDGET,
         rules: Sequence[str] | None = None,
         directions: str = "current",
         project: str = "within",
@@ -152,6 +156,7 @@ class Editor:
             rules=rules,
             beta_hse=beta_hse,
             alpha=self.alpha,
+            alpha_budget=alpha_budget,
             directions=directions,
             revive_tau=revive_tau,
             seed=seed,

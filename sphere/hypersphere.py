@@ -169,10 +169,13 @@ def principal_share(delta: Tensor, basis: Tensor) -> float:
             f"The update {tuple(delta.shape)} (out x in) and the basis {tuple(basis.shape)} (in x r) do not fit."
         )
     work = torch.promote_types(torch.promote_types(delta.dtype, basis.dtype), torch.float32)
-    delta = delta.to(work)
+    return share_inside(delta.to(work) @ basis.to(work), delta)
+
+
+def share_inside(inside: Tensor, delta: Tensor) -> float:
+    """`principal_share` of an update (out x in), given Delta U (out x r)."""
     total = _norm(delta)
-    inside = _norm(delta @ basis.to(delta))  # out x r
-    return min((inside / total) ** 2, 1.0) if total > 0 else 0.0
+    return min((_norm(inside) / total) ** 2, 1.0) if total > 0 else 0.0
 
 
 def rotation(reference: Tensor, basis: Tensor) -> float:

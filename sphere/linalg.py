@@ -17,6 +17,10 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 
+# (eigenvalues (m,) in decreasing order, float64; the shape (out x in) of W_hat) -> a number r of them, and the least
+# change that would make another r: of an eigenvalue, relative to the largest, or of a sum of them, relative to all.
+Cut = Callable[[Tensor, Sequence[int]], tuple[int, float]]
+
 ROW_EPS = 1e-8
 BLOCKS = 4  # the normalised matrix is passed through in so many blocks of its shorter side,
 MIN_BLOCK = 64  # which are no smaller than this
@@ -75,19 +79,16 @@ class UnitRowsGram:
         return orthonormal_rows(basis).T
 
 
-def leading_eigenvectors(
-    weight: Tensor, count: Callable[[Tensor], int], threshold: float
-) -> tuple[Tensor, Tensor]:
-    """The leading eigenvectors of W_hat^T W_hat / out, as many as `count` says, and the cumulative ratios.
+def leading_eigenvectors(weight: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
+    """The leading eigenvectors of W_hat^T W_hat / out, as many as `cut` says, and the cumulative ratios.
 
     The spectrum comes from the smaller of W_hat W_hat^T and W_hat^T W_hat, which share their non-zero eigenvalues. It
-    is computed in the weight's precision; where a cumulative ratio comes so close to `threshold` that rounding could
-    decide the count, it is computed again in float64, so that the count is the one of exact arithmetic.
+    is computed in the weight's precision; where it comes so close to another number r that rounding could decide, it is
+    computed again in float64, so that r is the one of exact arithmetic.
 
     Args:
         weight: W (out x in), finite.
-        count: cumulative ratios (m,) in float64 -> number r of eigenvectors; r is at most the numerical rank.
-        threshold: the ratio at which `count` jumps.
+        cut: says how many (`sphere.cuts`); r is at most the numerical rank.
 
     Returns:
         U (in x r) in the weight's precision (at least float32), and the ratios (m,).
@@ -95,16 +96,15 @@ def leading_eigenvectors(
     precision = torch.promote_types(weight.dtype, torch.float32)
     gram = UnitRowsGram(weight, precision)
     values, vectors = gram.spectrum()
-    ratio = values.cumsum(0) / values.sum()
-    doubt = (ratio - threshold).abs().min() < gram.rounding
-    close_to_one = threshold > 1 - max(weight.shape) * torch.finfo(precision).eps  # the rank could decide r
-    if precision != torch.float64 and (doubt or close_to_one):
+    r, distance = cut(values, weight.shape)
+    if precision != torch.float64 and distance < gram.rounding:
         del vectors
         gram = UnitRowsGram(weight, torch.float64)
         values, vectors = gram.spectrum()
-        ratio = values.cumsum(0) / values.sum()
-    r = min(count(ratio), numerical_rank(values, weight.shape, precision))
-    return gram.right_vectors(values[:r], vectors[:, -r:].flip(1)).to(precision), ratio
+        r, _ = cut(values, weight.shape)
+    r = min(r, numerical_rank(values, weight.shape, precision))
+    basis = gram.right_vectors(values[:r], vectors[:, -r:].flip(1)).to(precision)
+    return basis, values.cumsum(0) / values.sum()
 
 
 def numerical_rank(values: Tensor, shape: Sequence[int], precision: torch.dtype) -> int:

@@ -11,9 +11,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from sphere.errors import SphereError
+from sphere.strength import AUTO, OrAuto, in_words
 
-# EasyEdit's names for the two numbers of SPHERE, as they are spelled in its files -> the settings of a run.
+# What a file may say of SPHERE -> the settings of a run: by their own names, and by EasyEdit's as its files spell them.
 SPHERE_KEYS = {
+    "beta_hse": "beta_hse",
+    "alpha": "alpha",
+    "alpha_budget": "alpha_budget",
     "cumulative_ratio": "beta_hse",
     "suppression_strength": "alpha",
     "suppression strength": "alpha",
@@ -55,10 +59,11 @@ def in_own_keys(content: Mapping[str, Any], known: Collection[str]) -> tuple[dic
         SphereError: a value that would decide what cannot be decided here.
     """
     values, changed, without_effect = dict(content), [], []
-    for key, setting in sphere_settings(content).items():
-        changed.append(f"{_key_of(content, key)} {setting:g} is {key}, unless that is given")
+    for setting, value in sphere_settings(content, known).items():
+        if (key := _key_of(content, setting)) != setting:
+            changed.append(f"{key} {in_words(value)} is {setting}, unless that is given")
     for key in content:
-        if key in SPHERE_KEYS:
+        if key in SPHERE_KEYS and key not in known:
             del values[key]
         elif key == NOT_USED:
             without_effect.append(key)
@@ -84,21 +89,26 @@ def in_own_keys(content: Mapping[str, Any], known: Collection[str]) -> tuple[dic
     return values, "; ".join(parts)
 
 
-def sphere_settings(content: Mapping[str, Any]) -> dict[str, float]:
-    """What a file says of SPHERE: "beta_hse" and "alpha", as far as it does.
+def sphere_settings(content: Mapping[str, Any], known: Collection[str]) -> dict[str, OrAuto]:
+    """What a file says of SPHERE: "beta_hse", "alpha" and "alpha_budget", as far as it does.
+
+    Args:
+        known: the keys of the method's hyperparameters, which say nothing of SPHERE.
 
     Raises:
-        SphereError: no numbers, or two spellings of one that differ.
+        SphereError: neither numbers nor, where it may be, "auto", or two spellings of one that differ.
     """
-    found: dict[str, float] = {}
+    found: dict[str, OrAuto] = {}
     for key, setting in SPHERE_KEYS.items():
-        if key not in content:
+        if key not in content or key in known:
             continue
         value = content[key]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise SphereError(f"{key} must be a number, got {value!r}.")
-        if found.setdefault(setting, float(value)) != value:
-            raise SphereError(f"{key} {value:g} contradicts another key for {setting}: remove one.")
+        word = value == AUTO and setting != "alpha_budget"
+        if not word and (isinstance(value, bool) or not isinstance(value, int | float)):
+            instead = "" if setting == "alpha_budget" else f" or '{AUTO}'"
+            raise SphereError(f"{key} must be a number{instead}, got {value!r}.")
+        if found.setdefault(setting, value if word else float(value)) != value:
+            raise SphereError(f"{key} {in_words(value)} contradicts another key for {setting}: remove one.")
     return found
 
 

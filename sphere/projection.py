@@ -6,7 +6,8 @@ W_hat^T W_hat / out tell in which directions they crowd. With U (in x r) the lea
     r = #{i : (lambda_1 + ... + lambda_i) / (lambda_1 + ... + lambda_in) <= beta_hse} + 1,
     Delta <- Delta - alpha (Delta U) U^T.
 
-Takes any weight and any update; knows nothing of models or methods. The numerics are in `sphere.linalg`.
+Takes any weight and any update; knows nothing of models or methods. The numerics are in `sphere.linalg`; numbers
+r and alpha that set themselves are in `sphere.cuts` and `sphere.strength`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sphere.cuts import cut_of
 from sphere.errors import SphereError
 from sphere.linalg import leading_eigenvectors
+from sphere.strength import AUTO, OrAuto, check_alpha, check_beta
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,10 @@ class PrincipalDirections:
         return self.basis.shape[1]
 
 
-def principal_directions(weight: Tensor, beta_hse: float) -> PrincipalDirections:
+def principal_directions(weight: Tensor, beta_hse: OrAuto) -> PrincipalDirections:
     """U (in x r) of a weight W (out x in) at the cumulative ratio `beta_hse` in (0, 1], in at least float32.
+
+    With `beta_hse` "auto", r is the number of singular values of W_hat above the noise (`sphere.cuts.above_noise`).
 
     Raises:
         SphereError: a weight that is no finite matrix or is zero, or beta_hse out of range.
@@ -42,13 +47,18 @@ def principal_directions(weight: Tensor, beta_hse: float) -> PrincipalDirections
     check_beta(beta_hse)
     if weight.ndim != 2 or not weight.numel() or not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
         raise SphereError("The weight whose principal directions are wanted is no finite (out x in) matrix.")
-    basis, ratio = leading_eigenvectors(weight, lambda ratio: int((ratio <= beta_hse).sum()) + 1, beta_hse)
+    basis, ratio = leading_eigenvectors(weight, cut_of(beta_hse))
     return PrincipalDirections(basis, float(ratio[basis.shape[1] - 1]))
 
 
-def project_update(delta: Tensor, weight: Tensor, beta_hse: float, alpha: float) -> Tensor:
+def project_update(delta: Tensor, weight: Tensor, beta_hse: OrAuto, alpha: float) -> Tensor:
     """Delta - alpha (Delta U) U^T (out x in), with U of the weight (out x in); beta_hse 0 changes nothing."""
     check_alpha(alpha)
+    if alpha == AUTO:
+        raise SphereError(
+            "alpha 'auto' needs the unedited weight: use sphere.rules.Sphere, or give a number.",
+            argument="alpha",
+        )
     if delta.shape != weight.shape:
         raise SphereError(
             f"The update has shape {tuple(delta.shape)}, the weight (out x in) has {tuple(weight.shape)}."
@@ -56,24 +66,11 @@ def project_update(delta: Tensor, weight: Tensor, beta_hse: float, alpha: float)
     return suppress(delta, principal_directions(weight, beta_hse).basis, alpha) if beta_hse else delta
 
 
-def suppress(delta: Tensor, basis: Tensor, alpha: float) -> Tensor:
-    """Delta - alpha (Delta U) U^T for delta (out x in) and U (in x r): alpha 1 removes the principal part."""
+def suppress(delta: Tensor, basis: Tensor, alpha: float, inside: Tensor | None = None) -> Tensor:
+    """Delta - alpha (Delta U) U^T for delta (out x in) and U (in x r): alpha 1 removes the principal part.
+
+    Args:
+        inside: Delta U (out x r), where it is known.
+    """
     basis = basis.to(delta)
-    return torch.addmm(delta, delta @ basis, basis.T, alpha=-alpha)
-
-
-def check_beta(beta_hse: float) -> None:
-    """`beta_hse` is a ratio; 0 stands for "no projection"."""
-    if not 0 <= beta_hse <= 1:
-        raise SphereError(
-            f"beta_hse is a cumulative ratio between 0 and 1, got {beta_hse}: correct it.",
-            argument="beta_hse",
-        )
-
-
-def check_alpha(alpha: float) -> None:
-    """`alpha` says how much of the principal part is taken away."""
-    if not 0 <= alpha <= 1:
-        raise SphereError(
-            f"alpha is a suppression strength from 0 to 1, got {alpha}: correct it.", argument="alpha"
-        )
+    return torch.addmm(delta, delta @ basis if inside is None else inside, basis.T, alpha=-alpha)

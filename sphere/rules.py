@@ -18,9 +18,19 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 from sphere.factors import Factors
-from sphere.hypersphere import principal_share
+from sphere.hypersphere import principal_share, share_inside
 from sphere.linalg import largest_singular_value, thin_svd
-from sphere.projection import PrincipalDirections, check_alpha, check_beta, principal_directions, suppress
+from sphere.projection import PrincipalDirections, principal_directions, suppress
+from sphere.strength import (
+    ALPHA_BUDGET,
+    AUTO,
+    OrAuto,
+    Strength,
+    check_alpha,
+    check_beta,
+    check_budget,
+    strength_within,
+)
 
 Metrics = dict[str, float]
 
@@ -33,7 +43,7 @@ class Rule(Protocol):
 
     A rule that is linear in the update may have a method `factored(factors)`, which turns the factors of an update into
     those of what `apply` makes of it, so that a fact can be taken out again; what it needs of the weight as it stands
-    is found once, in `at(weight)`, which returns the rule that is applied.
+    and of the update is found once, in `at(delta, weight)`, which returns the rule that is applied.
     """
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
@@ -59,48 +69,78 @@ class Sphere:
     """SPHERE (arXiv 2510.01172): suppress an update's part in the weight's principal hyperspherical directions.
 
     Attributes:
-        beta_hse: cumulative ratio that decides how many directions are principal.
-        alpha: how strongly they are suppressed.
+        beta_hse: cumulative ratio that decides how many directions are principal; "auto": those above the noise.
+        alpha: how strongly they are suppressed; "auto": as much as the budget asks for (`sphere.strength`).
         directions: of the weight as it stands before the update ("current", as published), or of the unedited one
             ("original").
-        fixed: the directions, where they are those of the unedited weight.
+        budget: the fraction of the principal part that edits may put there where `alpha` is "auto".
+        fixed: the directions, where they are found.
+        original: the unedited weight (out x in), where `alpha` is "auto".
+        change: the fraction that it is with the `alpha` found.
+        inside: Delta U (out x r) of the update that `alpha` was found for.
     """
 
-    beta_hse: float
-    alpha: float
+    beta_hse: OrAuto
+    alpha: OrAuto
     directions: str = "current"
+    budget: float = ALPHA_BUDGET
     fixed: PrincipalDirections | None = field(default=None, repr=False)
+    original: Tensor | None = field(default=None, repr=False)
+    change: float | None = field(default=None, repr=False)
+    inside: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_beta(self.beta_hse)
         check_alpha(self.alpha)
+        check_budget(self.budget)
         if self.directions not in DIRECTIONS:
             raise SphereError(f"directions must be one of {', '.join(DIRECTIONS)}, got {self.directions!r}.")
 
     def for_weight(self, name: str, original: Tensor) -> Sphere:
-        """The same rule with the directions of W_0 (out x in), where they are asked for."""
+        """The same rule with W_0 (out x in), and with its directions, as far as they are asked for."""
+        rule = self if self.alpha != AUTO else replace(self, original=original)
         if self.directions == "current":
-            return self
-        return replace(self, fixed=principal_directions(original, self.beta_hse))
+            return rule
+        return replace(rule, fixed=principal_directions(original, self.beta_hse))
 
-    def at(self, weight: Tensor) -> Sphere:
-        """The same rule with the directions that an update of this weight (out x in) meets."""
-        return self if self.fixed else replace(self, fixed=principal_directions(weight, self.beta_hse))
+    def at(self, delta: Tensor, weight: Tensor) -> Sphere:
+        """The same rule with the directions and the strength that this update of this weight (out x in) meets."""
+        directions = self.fixed or principal_directions(weight, self.beta_hse)
+        found = replace(self, fixed=directions)
+        if self.alpha != AUTO:
+            return found
+        inside = delta @ directions.basis.to(delta)
+        alpha, change = _strength(self.budget, inside, weight, self.original, directions)
+        return replace(found, alpha=alpha, change=change, inside=inside)
 
     def factored(self, factors: Factors) -> Factors:
         """(L R^T) (I - alpha U U^T) = L (R - alpha U U^T R)^T."""
         assert self.fixed is not None
+        assert self.alpha != AUTO
         right = suppress(factors.right.T, self.fixed.basis, self.alpha).T
         return Factors(factors.left, right)
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
-        directions = self.fixed or principal_directions(weight, self.beta_hse)
-        projected = suppress(delta, directions.basis, self.alpha)
+        if self.fixed is None or self.alpha == AUTO:
+            return self.at(delta, weight).apply(delta, weight)
+        inside = delta @ self.fixed.basis.to(delta) if self.inside is None else self.inside  # out x r
+        projected = suppress(delta, self.fixed.basis, self.alpha, inside)
+        chosen = {} if self.change is None else {"alpha": self.alpha, "principal_change": self.change}
         return projected, {
-            "rank": directions.rank,
-            "principal_share_before": principal_share(delta, directions.basis),
-            "principal_share_after": principal_share(projected, directions.basis),
+            "rank": self.fixed.rank,
+            "principal_share_before": share_inside(inside, delta),
+            "principal_share_after": principal_share(projected, self.fixed.basis),
+            **chosen,
         }
+
+
+def _strength(
+    budget: float, inside: Tensor, weight: Tensor, original: Tensor | None, directions: PrincipalDirections
+) -> Strength:
+    """What `alpha` "auto" is for an update with Delta U (out x r)."""
+    if original is None:
+        raise SphereError("alpha 'auto' measures against the unedited weight: call for_weight first.")
+    return strength_within(budget, inside, weight, original, directions.basis, directions.fraction)
 
 
 @dataclass(frozen=True)
@@ -112,28 +152,37 @@ class Random:
     away, relative to SPHERE's). Q is drawn once for each weight; r follows the weight, the first directions stay.
 
     Attributes:
-        beta_hse, alpha: of the SPHERE that it is the control of.
+        beta_hse, alpha, budget: of the SPHERE that it is the control of.
         seed: of the draws.
+        original: the unedited weight (out x in), where `alpha` is "auto".
     """
 
-    beta_hse: float
-    alpha: float
+    beta_hse: OrAuto
+    alpha: OrAuto
     seed: int = 0
+    budget: float = ALPHA_BUDGET
+    original: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_beta(self.beta_hse)
         check_alpha(self.alpha)
+        check_budget(self.budget)
 
     def for_weight(self, name: str, original: Tensor) -> Random:
         """The same rule with directions of this weight's own."""
-        return replace(self, seed=zlib.crc32(f"{self.seed} {name}".encode()))
+        kept = original if self.alpha == AUTO else None
+        return replace(self, seed=zlib.crc32(f"{self.seed} {name}".encode()), original=kept)
 
     def apply(self, delta: Tensor, weight: Tensor) -> tuple[Tensor, Metrics]:
         principal = principal_directions(weight, self.beta_hse)
         generator = torch.Generator().manual_seed(self.seed)
         rows = [torch.randn(weight.shape[1], generator=generator) for _ in range(principal.rank)]
         basis = torch.linalg.qr(torch.stack(rows, dim=1).to(delta)).Q  # in x r
-        wanted = self.alpha * float((delta @ principal.basis.to(delta)).norm())
+        alpha, chosen, inside = self.alpha, {}, delta @ principal.basis.to(delta)
+        if alpha == AUTO:
+            alpha = _strength(self.budget, inside, weight, self.original, principal).alpha
+            chosen = {"alpha": alpha}
+        wanted = alpha * float(inside.norm())
         there = float((delta @ basis).norm())
         strength = min(wanted / there, 1.0) if there else 0.0
         kept = suppress(delta, basis, strength)
@@ -142,6 +191,7 @@ class Random:
             "principal_share_before": principal_share(delta, principal.basis),
             "principal_share_after": principal_share(kept, principal.basis),
             "removed": strength * there / wanted if wanted else 1.0,
+            **chosen,
         }
 
 
@@ -277,9 +327,18 @@ class RuleSet:
 
         return replace(self, each=turned(self.each), total=turned(self.total))
 
+    def with_budget(self, budget: float) -> RuleSet:
+        """The same rules, with this budget where SPHERE's strength, or that of its control, is "auto"."""
+
+        def given(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+            return tuple(replace(r, budget=budget) if isinstance(r, Sphere | Random) else r for r in rules)
+
+        check_budget(budget)
+        return replace(self, each=given(self.each), total=given(self.total))
+
 
 def rule_chain(
-    names: Sequence[str], hparams: Any, *, beta_hse: float, alpha: float, revive_tau: float, seed: int
+    names: Sequence[str], hparams: Any, *, beta_hse: OrAuto, alpha: OrAuto, revive_tau: float, seed: int
 ) -> RuleSet:
     """The rules of these names, one after the other, in place of a method's own.
 
@@ -324,7 +383,7 @@ def apply_rules(
     metrics: Metrics = {}
     for rule in rules:
         if found := getattr(rule, "at", None):
-            rule = found(weight)
+            rule = found(delta, weight)
         delta, noted = rule.apply(delta, weight)
         metrics |= noted
         linear = getattr(rule, "factored", None)
@@ -332,7 +391,7 @@ def apply_rules(
     return Applied(delta, metrics, factors)
 
 
-def sphere_rules(beta_hse: float, alpha: float) -> tuple[Rule, ...]:
+def sphere_rules(beta_hse: OrAuto, alpha: OrAuto) -> tuple[Rule, ...]:
     """The SPHERE hook, or nothing where `beta_hse` is 0."""
     check_beta(beta_hse)
     check_alpha(alpha)

@@ -93,7 +93,8 @@ def test_linear_rules_turn_factors_as_they_turn_updates() -> None:
     torch.manual_seed(0)
     weight, factors = torch.randn(12, 20), Factors(torch.randn(12, 3), torch.randn(20, 3))
     delta = factors.delta().float()
-    for rule in Sphere(0.5, 0.7).at(weight), Revive(0.3).for_weight("w", weight):
+    auto = Sphere(0.5, "auto", budget=0.3).for_weight("w", weight).at(delta, weight)
+    for rule in Sphere(0.5, 0.7).at(delta, weight), auto, Revive(0.3).for_weight("w", weight):
         expected, _ = rule.apply(delta, weight)
         torch.testing.assert_close(rule.factored(factors).delta().float(), expected)
 

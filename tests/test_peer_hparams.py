@@ -152,7 +152,7 @@ def test_easyedit(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
         ("layers: [1, 2\n", "is not valid YAML"),
         ("- 1\n- 2\n", "must hold a YAML mapping, got list"),
         ("layers: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
-        (EASYEDIT + "cumulative_ratio: high\n", "cumulative_ratio must be a number, got 'high'"),
+        (EASYEDIT + "cumulative_ratio: high\n", "cumulative_ratio must be a number or 'auto', got 'high'"),
         (
             EASYEDIT + "suppression strength: 0.5\nsuppresion_strength: 0.4\n",
             "suppresion_strength 0.4 contradicts another key for alpha",

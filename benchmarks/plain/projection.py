@@ -30,3 +30,20 @@ def project_update(delta: Tensor, weight: Tensor, beta_hse: float, alpha: float)
     basis = principal_directions(weight, beta_hse)
     projector = basis @ basis.T
     return delta - alpha * delta @ projector
+
+
+def principal_change(delta: Tensor, weight: Tensor, original: Tensor, basis: Tensor, alpha: float) -> float:
+    """||(W_new - W_0) U||^2 / ||W U||^2, every row divided by the norm that it has in W (out x in)."""
+    norms = weight.norm(dim=1, keepdim=True)
+    new = weight + delta - alpha * delta @ basis @ basis.T
+    return float(((new - original) / norms @ basis).norm() / (weight / norms @ basis).norm()) ** 2
+
+
+def smallest_alpha(
+    budget: float, delta: Tensor, weight: Tensor, original: Tensor, basis: Tensor, steps: int
+) -> float:
+    """The first of 0, 1 / steps, ..., 1 whose principal change is within the budget, else that of the least change."""
+    alphas = [i / steps for i in range(steps + 1)]
+    changes = [principal_change(delta, weight, original, basis, alpha) for alpha in alphas]
+    within = [alpha for alpha, change in zip(alphas, changes, strict=True) if change <= budget]
+    return within[0] if within else alphas[changes.index(min(changes))]

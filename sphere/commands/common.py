@@ -113,13 +113,27 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
     if setting.kind is bool:
         group.add_argument(*spelled, action="store_true", help=setting.help)
         return
-    kind = positive_int if setting.at_least == 1 else setting.kind
+    kind: Callable[[str], Any] = positive_int if setting.at_least == 1 else setting.kind
     options: dict[str, Any] = {"choices": setting.choices} if setting.choices else {}
+    if setting.words:
+        kind, options["metavar"] = _reader(setting), "|".join(("X", *setting.words))
     text = setting.help
     if setting.choices and len(setting.choices) > MOST_IN_BRACES:
         options["metavar"] = "NAME"
         text = f"{text}; one of {', '.join(setting.choices)}"
     group.add_argument(*spelled, dest=setting.name, type=kind, default=setting.default, help=text, **options)
+
+
+def _reader(setting: Setting) -> Callable[[str], Any]:
+    """The type of a flag that may be a word in place of a number."""
+
+    def read(text: str) -> Any:
+        try:
+            return setting.read(text)
+        except SphereError as error:
+            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+
+    return read
 
 
 def add_run_settings(parser: argparse.ArgumentParser) -> Groups:

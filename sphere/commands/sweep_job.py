@@ -35,7 +35,9 @@ def schema() -> type:
     keys: list[tuple[str, Any, Any]] = []
     for setting in settings().values():
         if setting.name not in DECIDED_HERE:
-            kind = setting.kind | None if setting.optional else setting.kind
+            kind: Any = setting.kind | None if setting.optional else setting.kind
+            if setting.words:  # a number or a word: read by `Setting.read`
+                kind = Any
             keys.append((setting.name, kind, dataclasses.field(default=setting.default)))
             keys += [(old, setting.kind | None, dataclasses.field(default=None)) for old in setting.old_names]
     of_the_sweep: list[tuple[str, Any]] = [
@@ -62,6 +64,9 @@ def job_of(config: dict[str, Any], number: int = 0) -> Job:
     greedy = values.pop("exact_match_facts", 0)
     for key in OF_THE_COMMAND:
         values.pop(key, None)
+    for setting in settings().values():
+        if setting.words and values.get(setting.name) is not None:
+            values[setting.name] = setting.read(values[setting.name])
     if devices := values.pop("devices"):
         values["device"] = devices[number % len(devices)]
     return Job(RunConfig(output_dir=str(sweep_dir), **values), interval, greedy)

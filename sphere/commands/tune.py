@@ -37,7 +37,8 @@ SETTINGS = (
         "num_edits",
         "beta_hse",
     ),
-    *("alpha", "rules", "directions", "project", "revive_tau", "seed", "device", "dtype", "device_map"),
+    *("alpha", "alpha_budget"),
+    *("rules", "directions", "project", "revive_tau", "seed", "device", "dtype", "device_map"),
     *(
         "stats_dir",
         "stats_from",

@@ -21,6 +21,7 @@ from sphere.methods.edited_model import EditedModel
 from sphere.methods.services import Services
 from sphere.requests import EditRequest
 from sphere.rules import RuleSet, sphere_rules
+from sphere.strength import OrAuto
 
 Update = tuple[str, Tensor]
 
@@ -59,7 +60,7 @@ class Method(ABC):
         self.edited, self.services, self.hparams = edited, services, hparams
 
     @classmethod
-    def rules(cls, hparams: Any, beta_hse: float, alpha: float) -> RuleSet:
+    def rules(cls, hparams: Any, beta_hse: OrAuto, alpha: OrAuto) -> RuleSet:
         """The update rules of this method: by default the SPHERE hook on each update."""
         return RuleSet(each=sphere_rules(beta_hse, alpha))
 

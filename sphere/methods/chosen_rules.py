@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sphere.hparams import ModuleHParams
 from sphere.methods.base import Method
 from sphere.rules import RuleSet, rule_chain
+from sphere.strength import OrAuto
 
 
 def chosen_rules(
@@ -14,8 +15,9 @@ def chosen_rules(
     hparams: ModuleHParams,
     *,
     rules: Sequence[str] | None,
-    beta_hse: float,
-    alpha: float,
+    beta_hse: OrAuto,
+    alpha: OrAuto,
+    alpha_budget: float,
     directions: str,
     revive_tau: float,
     seed: int,
@@ -29,4 +31,4 @@ def chosen_rules(
     own = kind.rules(hparams, beta_hse, alpha)
     if names is not None:
         own = rule_chain(names, hparams, beta_hse=beta_hse, alpha=alpha, revive_tau=revive_tau, seed=seed)
-    return own.with_directions(directions)
+    return own.with_directions(directions).with_budget(alpha_budget)

@@ -9,6 +9,7 @@ from sphere.errors import SphereError
 from sphere.hparams import HParams
 from sphere.methods.memit import MEMIT
 from sphere.rules import CondenseSpectrum, RuleSet, sphere_rules
+from sphere.strength import OrAuto
 
 CONTINUE = ("unconditioned", "conditioned")
 
@@ -39,7 +40,7 @@ class MEMITPrune(MEMIT):
     hparams_class = PruneHParams
 
     @classmethod
-    def rules(cls, hparams: PruneHParams, beta_hse: float, alpha: float) -> RuleSet:
+    def rules(cls, hparams: PruneHParams, beta_hse: OrAuto, alpha: OrAuto) -> RuleSet:
         return RuleSet(
             total=(CondenseSpectrum(hparams.prune_base), *sphere_rules(beta_hse, alpha)),
             continue_conditioned=hparams.prune_continue == "conditioned",

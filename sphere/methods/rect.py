@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from sphere.hparams import HParams
 from sphere.methods.memit import MEMIT
 from sphere.rules import RECT_SHARE, LargestRelative, RuleSet, sphere_rules
+from sphere.strength import OrAuto
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,5 +29,5 @@ class MEMITRect(MEMIT):
     hparams_class = RectHParams
 
     @classmethod
-    def rules(cls, hparams: RectHParams, beta_hse: float, alpha: float) -> RuleSet:
+    def rules(cls, hparams: RectHParams, beta_hse: OrAuto, alpha: OrAuto) -> RuleSet:
         return RuleSet(each=(LargestRelative(hparams.rect_share), *sphere_rules(beta_hse, alpha)))

@@ -32,6 +32,7 @@ from sphere.evaluation.evaluate_run import SUMMARY_NAME
 from sphere.files import read_json
 from sphere.hypersphere import cosine_distribution, hyperspherical_energy
 from sphere.runs.guard_log import read_guard
+from sphere.strength import in_words
 
 BINS = 4000  # of a cosine histogram over [-1, 1]
 PUBLISHED_FOLDER = re.compile(r"(?P<ds>.+)_weight_data_batch_(?P<n>\d+)_(?P<beta>[\d.]+)_(?P<alpha>[\d.]+)")
@@ -194,8 +195,11 @@ SETTINGS: dict[
 ] = {  # what may tell two runs of a method apart, most telling first
     "model_name": lambda run: run.model,
     "ds_name": lambda run: str(run.config.get("ds_name", "?")),
-    "beta_hse": lambda run: f"β {run.config['beta_hse']:g}" if run.has_sphere else "",
-    "alpha": lambda run: f"α {run.config['alpha']:g}" if run.has_sphere else "",
+    "beta_hse": lambda run: f"β {in_words(run.config['beta_hse'])}" if run.has_sphere else "",
+    "alpha": lambda run: f"α {in_words(run.config['alpha'])}" if run.has_sphere else "",
+    "alpha_budget": lambda run: (
+        f"budget {run.config['alpha_budget']:g}" if run.config.get("alpha_budget") else ""
+    ),
     "rules": lambda run: f"rules {run.config['rules']}" if run.config.get("rules") is not None else "",
     "directions": lambda run: (
         "" if run.config.get("directions", "current") == "current" else "original directions"

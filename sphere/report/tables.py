@@ -22,6 +22,7 @@ from sphere.report.comparison import Board, comparison_lines, difference_lines, 
 from sphere.report.figures import TASK_NAMES, score_points, task_rows
 from sphere.report.pairs import Pair, paired_lines
 from sphere.report.weight_figures import share_rows
+from sphere.strength import AUTO, in_words
 
 FEW = 10  # points below which the p-value comes from permutations
 FEWEST = 3  # points below which a rank correlation says nothing
@@ -86,8 +87,8 @@ def overview(runs: Sequence[RunData]) -> Table:
         "dataset": lambda run: str(run.config.get("ds_name", "-")),
         "edits": lambda run: str(run.n_edits),
         "per batch": lambda run: str(run.config.get("num_edits", "-")),
-        "β": lambda run: f"{run.config['beta_hse']:g}" if run.has_sphere else "-",
-        "α": lambda run: f"{run.config['alpha']:g}" if run.has_sphere else "-",
+        "β": lambda run: _setting(run, "beta_hse", "rank", ".0f") if run.has_sphere else "-",
+        "α": lambda run: _setting(run, "alpha", "alpha", ".2f") if run.has_sphere else "-",
     }
     # What is the same for all runs stands in the page's first sentence; it need not fill a column.
     shown = {
@@ -113,10 +114,20 @@ def overview(runs: Sequence[RunData]) -> Table:
     return Table(
         "Runs",
         lines,
-        note="β and α: cumulative ratio and strength of the SPHERE hook. s / batch: median seconds. Score after the "
+        note="β and α: cumulative ratio and strength of the SPHERE hook; where auto chose them, the least and the "
+        "largest r and α of all batches and weights. s / batch: median seconds. Score after the "
         "last edit with its 95 % bootstrap interval. Energy change: mean over the edited weights, after the last edit; "
         "ppm: parts per million. Principal share of the updates: before the hook → as written, mean over batches.",
     )
+
+
+def _setting(run: RunData, name: str, metric: str, digits: str) -> str:
+    """A number of the hook; what came of it where it is "auto"."""
+    value = run.config[name]
+    layers = [metrics for batch in run.batches for metrics in batch.get("layers", {}).values()]
+    if value != AUTO or not (found := [metrics[metric] for metrics in layers if metric in metrics]):
+        return in_words(value)
+    return f"{AUTO} ({min(found):{digits}} to {max(found):{digits}})"
 
 
 def _shares(rows: Sequence[tuple[int, float, float]]) -> str:

@@ -14,13 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from types import NoneType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sphere.data.records import FILES
 from sphere.embedded import DEFAULT_MODEL, EMBEDDED
 from sphere.errors import SphereError
 from sphere.renamed import RENAMED, by_new_names
 from sphere.runs.guard_limits import LIMITS, parse_limits
+from sphere.strength import ALPHA_BUDGET, check_budget
 
 if TYPE_CHECKING:
     from sphere.forward.passes import PassOptions
@@ -82,17 +83,23 @@ class RunConfig:
         "put prompts, with their contexts, into the user's turn of the tokenizer's chat template, in editing and in "
         "scoring",
     )
-    beta_hse: float | None = _setting(
+    beta_hse: float | Literal["auto"] | None = _setting(
         None,
         "editing",
-        "SPHERE: cumulative ratio that decides how many directions are principal; 0 switches it off (default: what the "
-        f"hyperparameter file says, else {BETA_HSE:g})",
+        "SPHERE: cumulative ratio that decides how many directions are principal, or auto: those above the noise; 0 "
+        f"switches it off (default: what the hyperparameter file says, else {BETA_HSE:g})",
     )
-    alpha: float | None = _setting(
+    alpha: float | Literal["auto"] | None = _setting(
         None,
         "editing",
-        "SPHERE: suppression strength (default: what the hyperparameter file says, else the paper's, 0.5 for AlphaEdit "
-        "and 0.8 for the others)",
+        "SPHERE: suppression strength, or auto: the least that keeps to --alpha_budget (default: what the "
+        "hyperparameter file says, else the paper's, 0.5 for AlphaEdit and 0.8 for the others)",
+    )
+    alpha_budget: float | None = _setting(
+        None,
+        "editing",
+        "SPHERE: of the squared norm in a weight's principal directions, the fraction that edits may put there with "
+        f"--alpha auto (default: what the hyperparameter file says, else {ALPHA_BUDGET:g})",
     )
     rules: str | None = _setting(
         None,
@@ -234,6 +241,8 @@ class RunConfig:
         """
         for setting in settings().values():
             value, name = getattr(self, setting.name), setting.name
+            if setting.words and value is not None:
+                setting.read(value)
             if setting.choices and value not in setting.choices:
                 choices = ", ".join(setting.choices)
                 raise SphereError(f"{name} is one of {choices}, got '{value}'.", argument=name)
@@ -248,6 +257,8 @@ class RunConfig:
                 f"The dataset '{OWN_FACTS}' is the table that facts names: give that table, and no other dataset.",
                 argument=("ds_name", "facts"),
             )
+        if self.alpha_budget is not None:
+            check_budget(self.alpha_budget)
         parse_limits(self.guard_limits)
         if self.guard_limits and not self.guard:
             raise SphereError(
@@ -266,6 +277,7 @@ class Setting:
 
     Attributes:
         kind: its type: int, float, str or bool.
+        words: what it may be instead, e.g. ("auto",).
         optional: whether it may be None.
         at_least: its smallest number, where there is one.
         old_names: what it was called in earlier versions.
@@ -279,7 +291,24 @@ class Setting:
     help: str
     choices: tuple[str, ...] = ()
     at_least: int | None = None
+    words: tuple[str, ...] = ()
     old_names: tuple[str, ...] = ()
+
+    def read(self, value: Any) -> Any:
+        """A value of a command line or a file as one of this setting: one of its words, else of its kind.
+
+        Raises:
+            SphereError: it is neither.
+        """
+        if value in self.words:
+            return value
+        try:
+            return self.kind(value)
+        except (TypeError, ValueError):
+            known = {int: "a whole number", float: "a number"}.get(self.kind, f"of type {self.kind.__name__}")
+            raise SphereError(
+                f"{self.name} is {' or '.join((known, *self.words))}, got {value!r}.", argument=self.name
+            ) from None
 
 
 @cache
@@ -289,10 +318,11 @@ def settings() -> dict[str, Setting]:
     found = {}
     for one in fields(RunConfig):
         parts = typing.get_args(hints[one.name]) or (hints[one.name],)
-        (kind,) = (part for part in parts if part is not NoneType)
+        words = tuple(word for part in parts for word in typing.get_args(part))  # of Literal[...]
+        (kind,) = (part for part in parts if part is not NoneType and not typing.get_args(part))
         old = tuple(old for old, new in RENAMED.items() if new == one.name)
         found[one.name] = Setting(
-            one.name, kind, NoneType in parts, one.default, old_names=old, **one.metadata
+            one.name, kind, NoneType in parts, one.default, words=words, old_names=old, **one.metadata
         )
     return found
 

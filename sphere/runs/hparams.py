@@ -21,7 +21,7 @@ from sphere.models import meta_model, model_label
 from sphere.resources import find
 from sphere.rules import RuleSet
 from sphere.runs.config import RunConfig
-from sphere.runs.resolve import alpha_of, beta_hse_of, hparams_path, rules_of
+from sphere.runs.resolve import alpha_budget_of, alpha_of, beta_hse_of, hparams_path, rules_of
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ def run_rules(config: RunConfig, hparams: ModuleHParams) -> RuleSet:
         rules=rules_of(config),
         beta_hse=beta_hse_of(config),
         alpha=alpha_of(config),
+        alpha_budget=alpha_budget_of(config),
         directions=config.directions,
         revive_tau=config.revive_tau,
         seed=config.seed,

@@ -31,7 +31,8 @@ from sphere.runs.ledger import ledger_bytes
 from sphere.runs.memory import DEVICE, DISK, FLOAT32, HOST, PHASES, Item, Sizes
 from sphere.runs.method_memory import memory_of
 from sphere.runs.operation_counter import Counted, count, edited_shapes
-from sphere.runs.resolve import beta_hse_of
+from sphere.runs.resolve import alpha_of, beta_hse_of
+from sphere.strength import AUTO
 
 # Per request, means over CounterFact with the default model's tokenizer: rows in the optimisation of z, their tokens
 # before and from the subject's last one on, scored tokens of a row; prefix tokens that are run (shared ones once).
@@ -116,8 +117,7 @@ def plan_run(config: RunConfig) -> Plan:
     config.check()
     method = get_method(config.alg_name)
     hparams = hparams_of(config)
-    beta_hse = beta_hse_of(config)
-    rules = run_rules(config, hparams)
+    rules, sphere = run_rules(config, hparams), bool(beta_hse_of(config))
     device = _device_type(config.device)
     model = meta_model(config.model_name, config.dtype, device)
     stack = LayerStack(model, hparams)
@@ -136,10 +136,10 @@ def plan_run(config: RunConfig) -> Plan:
     shape = ModelShape.of(stack, count(stack, first, getattr(hparams, "v_loss_layer", stack.n_layers - 1)))
     most = GRADIENT_TOKENS.get(device, GRADIENT_TOKENS["cpu"])
     items = [
-        *_weights(model, sizes),
+        *_weights(model, sizes, sphere and alpha_of(config) == AUTO),
         *memory_of(method).items(hparams, sizes),
         *_passes(method, hparams, shape, sizes, config.batch_tokens or most),
-        *_writing(sizes, bool(beta_hse)),
+        *_writing(sizes, sphere),
         *_scoring(shape, sizes, config.passes.scoring_tokens(device)),
         *_files(sizes),
         _ledger(config, method, rules, sizes),
@@ -147,7 +147,7 @@ def plan_run(config: RunConfig) -> Plan:
     return Plan(
         title=_title(config, stack, sizes, device),
         items=tuple(item for item in items if item.size),
-        flops=tuple(_operations(method, hparams, shape, sizes, beta_hse)),
+        flops=tuple(_operations(method, hparams, shape, sizes, sphere)),
         merged=sizes.on_cpu,
         dtype=model.dtype,
     )
@@ -182,7 +182,7 @@ def _at(phase: str, what: str, formula: str, size: float) -> Item:
     return Item(what, formula, int(size), DEVICE, phase, phase)
 
 
-def _weights(model: nn.Module, sizes: Sizes) -> list[Item]:
+def _weights(model: nn.Module, sizes: Sizes, auto: bool) -> list[Item]:
     total = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     exact = sizes.exact_bytes * sizes.entries
     masters = FLOAT32 * sizes.entries if sizes.weight_bytes < FLOAT32 else 0
@@ -190,6 +190,9 @@ def _weights(model: nn.Module, sizes: Sizes) -> list[Item]:
         Item("model weights", "P b", total, DEVICE),
         Item("float32 masters of edited weights", "4 E", masters, DEVICE),
         Item("edited weights as they were at first", "4 E", exact, sizes.offload_device),
+        Item(
+            "the same, for alpha auto", "4 E", exact if auto and sizes.offload_device != DEVICE else 0, DEVICE
+        ),
         Item(
             "edited weights before the batch", "4 E", exact, sizes.offload_device, "target values", "writing"
         ),
@@ -300,7 +303,7 @@ def _ledger(config: RunConfig, method: type[Method], rules: RuleSet, sizes: Size
 
 
 def _operations(
-    method: type[Method], hparams: ModuleHParams, shape: ModelShape, sizes: Sizes, beta: float
+    method: type[Method], hparams: ModuleHParams, shape: ModelShape, sizes: Sizes, sphere: bool
 ) -> list[tuple[str, str, float]]:
     """(stage, kind of arithmetic, operations) of one batch; of methods without target values SPHERE's only."""
     n, counted = sizes.num_edits, shape.counted
@@ -312,7 +315,7 @@ def _operations(
         stages.append((TARGET_VALUES, "model", hparams.v_num_grad_steps * step + once))
         stages.append(("keys and residuals", "model", n * ROWS * (PREFIX + 1) * counted.below))
         stages.append(("solve", "float64", memory_of(method).solve_operations(hparams, sizes)))
-    if beta:
+    if sphere:
         small = [min(shape) for shape in sizes.edited]
         passes = 1 + 6 * RANK_SHARE  # the Gram matrix's triangle; the basis, the projection and its figures
         dense = sum(

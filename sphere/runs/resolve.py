@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 
 from sphere.errors import SphereError
 from sphere.resources import find
 from sphere.runs.config import BETA_HSE, OWN_FACTS, RunConfig
+from sphere.strength import ALPHA_BUDGET, AUTO, OrAuto
 
 
 def hparams_path(config: RunConfig) -> Path:
@@ -49,6 +51,8 @@ def folder_of(config: RunConfig) -> Path:
         more.append(f"{config.directions}_directions")
     if config.project != RunConfig.project:
         more.append(f"project_{config.project}")
+    if alpha_of(config) == AUTO and (budget := alpha_budget_of(config)) != ALPHA_BUDGET:
+        more.append(f"budget_{budget:g}")
     if config.revive_tau != RunConfig.revive_tau:
         more.append(f"tau_{config.revive_tau:g}")
     if config.shuffle:
@@ -66,15 +70,15 @@ def data_label(config: RunConfig) -> str:
     return name or OWN_FACTS
 
 
-def beta_hse_of(config: RunConfig) -> float:
-    """A run's cumulative ratio: its own, or what its hyperparameter file says, or the paper's."""
+def beta_hse_of(config: RunConfig) -> OrAuto:
+    """A run's cumulative ratio, or "auto": its own, or what its hyperparameter file says, or the paper's."""
     if config.beta_hse is not None:
         return config.beta_hse
     return _of_its_file(config).get("beta_hse", BETA_HSE)
 
 
-def alpha_of(config: RunConfig) -> float:
-    """A run's suppression strength: its own, or what its hyperparameter file says, or its method's default."""
+def alpha_of(config: RunConfig) -> OrAuto:
+    """A run's suppression strength, or "auto": its own, or what its hyperparameter file says, or its method's."""
     from sphere.methods import get_method
 
     if config.alpha is not None:
@@ -82,12 +86,22 @@ def alpha_of(config: RunConfig) -> float:
     return _of_its_file(config).get("alpha", get_method(config.alg_name).default_alpha)
 
 
-def _of_its_file(config: RunConfig) -> dict[str, float]:
+def alpha_budget_of(config: RunConfig) -> float:
+    """What `alpha` "auto" may change: a run's own, or what its hyperparameter file says, or the default."""
+    if config.alpha_budget is not None:
+        return config.alpha_budget
+    return float(_of_its_file(config).get("alpha_budget", ALPHA_BUDGET))
+
+
+def _of_its_file(config: RunConfig) -> dict[str, OrAuto]:
     """What a run's hyperparameter file says of SPHERE; nothing where it cannot be read, which is said elsewhere."""
     from sphere.hparams import read_content
+    from sphere.methods import get_method
     from sphere.peer_hparams import sphere_settings
 
     path = hparams_path(config)
     with suppress(SphereError):
-        return sphere_settings(read_content(path)) if path.exists() else {}
+        if path.exists():
+            known = {field.name for field in fields(get_method(config.alg_name).hparams_class)}
+            return sphere_settings(read_content(path), known)
     return {}

@@ -50,7 +50,7 @@ from sphere.runs.lengths import check_records
 from sphere.runs.monitor import Monitor, TensorBoardWriter, check_tensorboard
 from sphere.runs.other_hparams import take_other_hparams
 from sphere.runs.replay import leave_out_undone
-from sphere.runs.resolve import alpha_of, beta_hse_of, folder_of, rules_of
+from sphere.runs.resolve import alpha_budget_of, alpha_of, beta_hse_of, folder_of, rules_of
 from sphere.runs.sameness import check_prepared, check_same, decided
 from sphere.runs.saving import CheckpointWriter
 from sphere.values.chat_template import user_turn
@@ -183,6 +183,7 @@ def editor_of(
         hparams,
         beta_hse=beta_hse_of(config),
         alpha=alpha_of(config),
+        alpha_budget=alpha_budget_of(config),
         rules=rules_of(config),
         directions=config.directions,
         project=config.project,

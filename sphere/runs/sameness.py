@@ -14,7 +14,8 @@ from sphere.data.records import Record
 from sphere.editor import Editor
 from sphere.errors import SphereError
 from sphere.runs.config import RunConfig
-from sphere.runs.resolve import alpha_of, beta_hse_of
+from sphere.runs.resolve import alpha_budget_of, alpha_of, beta_hse_of
+from sphere.strength import AUTO
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def decided(
         "num_edits": config.num_edits,
         "beta_hse": beta_hse_of(config),
         "alpha": alpha_of(config),
+        **({"alpha_budget": alpha_budget_of(config)} if alpha_of(config) == AUTO else {}),
         **_unusual(config),
         "seed": config.seed,
         "z_matmul_dtype": config.z_matmul_dtype,

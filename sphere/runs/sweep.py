@@ -38,14 +38,23 @@ from sphere.renamed import by_new_names
 from sphere.runs.config import PROGRAM, RunConfig, settings
 from sphere.runs.folder import JOB_NAME
 from sphere.runs.hparams import hparams_source
-from sphere.runs.resolve import alpha_of, beta_hse_of, folder_of
+from sphere.runs.resolve import alpha_budget_of, alpha_of, beta_hse_of, folder_of
 from sphere.runs.run import execute
+from sphere.strength import AUTO
 
 log = logging.getLogger(__name__)
 
 TABLE_NAME = "sweep"
 # What a run's own folder says where it is not the default.
-NAMED_IF_CHANGED = ("rules", "directions", "project", "revive_tau", "shuffle", "chat_template")
+NAMED_IF_CHANGED = (
+    "rules",
+    "directions",
+    "project",
+    "alpha_budget",
+    "revive_tau",
+    "shuffle",
+    "chat_template",
+)
 # What a run's folder does not say by itself goes into the folder above it.
 UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype", "z_matmul_dtype")
 # What may change without a finished job being run again.
@@ -110,6 +119,7 @@ class Job:
             **asdict(self.run_config),
             "beta_hse": beta_hse_of(self.config),
             "alpha": alpha_of(self.config),
+            "alpha_budget": alpha_budget_of(self.config) if alpha_of(self.config) == AUTO else None,
             "generation_interval": self.generation_interval,
             "exact_match_facts": self.exact_match_facts,
             "hparams": hparams,

@@ -44,7 +44,8 @@ from sphere.report.style import drawing
 from sphere.resources import find
 from sphere.runs.config import RunConfig
 from sphere.runs.hparams import format_hparams, hparams_of, write_path
-from sphere.runs.resolve import alpha_of, beta_hse_of
+from sphere.runs.resolve import alpha_budget_of, alpha_of, beta_hse_of
+from sphere.strength import AUTO
 from sphere.tuning.causal_trace import causal_trace, choose_layers, known_facts, subject_noise
 from sphere.tuning.figures import effects, history
 from sphere.tuning.objective import Objective, Outcome
@@ -205,6 +206,7 @@ class _Tuning:
             "requests": hashlib.sha256(repr([r.request for r in self.records]).encode()).hexdigest(),
             "alpha": alpha_of(c),
             "beta_hse": beta_hse_of(c),
+            **({"alpha_budget": alpha_budget_of(c)} if alpha_of(c) == AUTO else {}),
             **{key: getattr(c, key) for key in ("alg_name", "ds_name", "num_edits", "rules")},
             **{key: getattr(c, key) for key in ("directions", "revive_tau", "seed", "z_matmul_dtype")},
             **{
