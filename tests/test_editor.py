@@ -21,7 +21,7 @@ from sphere.methods import Method
 from sphere.methods.alphaedit import AlphaEdit
 from sphere.methods.sequential_solve import SequentialSolve
 from sphere.runs.config import RunConfig, settings
-from sphere.runs.resolve import alpha_of, beta_hse_of
+from sphere.runs.resolve import alpha_budget_of, alpha_of, beta_hse_of
 from sphere.weights import EditedWeights
 
 CPU = torch.device("cpu")
@@ -341,6 +341,7 @@ def test_an_editor_s_defaults_are_those_of_a_run() -> None:
     assert {"beta_hse", "alpha", "seed", "on_breakdown", "stats_dir"} <= set(shared)
     own = {name: settings()[name].default for name in shared}
     own["beta_hse"] = beta_hse_of(RunConfig())  # None: what the hyperparameter file says, else the paper's
+    own["alpha_budget"] = alpha_budget_of(RunConfig())
     assert {name: given[name].default for name in shared} == own
 
 
