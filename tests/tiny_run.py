@@ -28,6 +28,7 @@ OWN = {  # hyperparameters beside those of the MEMIT family
     "BetaEdit": {"nullspace_threshold": 0.5, "L2": 1.0, "L1": 1.0, "tau": 4},
     "ENCORE": {"mom2_ridge": 1.0, "z_stop": 0},
     "FT": {"num_steps": 3, "lr": 1e-2},
+    "LyapLock": {"preservation_bound": 2.0},
     "MEND": {"rank": 4, "edit_lr": 0.1},
     "NAS": {"nullspace_threshold": 0.5, "L2": 1.0},
     "ROME": {"layers": [1]},

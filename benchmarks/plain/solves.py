@@ -49,3 +49,40 @@ def betaedit(
     """X = (P (K K^T + C + l1 M) + l2 I)^-1 P K."""
     system = p @ (keys @ keys.T + cache + weight * second_moment) + ridge * torch.eye(len(p)).to(p)
     return torch.linalg.solve(system, p @ keys)
+
+
+def lyaplock(
+    weights: tuple[Tensor, Tensor],
+    second_moment: Tensor,
+    keys: Tensor,
+    residual: Tensor,
+    earlier: list[tuple[Tensor, Tensor]],
+    weight: float,
+) -> Tensor:
+    """Delta (out x in), the least of ||R - Delta K||^2 + sum ||(W + Delta) K_i - V_i||^2 + q lambda PL(W + Delta).
+
+    As one least-squares problem over the columns [K, K_i, sqrt(q lambda) M^1/2] and what Delta shall make of them.
+
+    Args:
+        weights: W_0 and W (out x in).
+        earlier: K_i (in x n_i) and V_i (out x n_i) of each earlier batch.
+        weight: q lambda.
+    """
+    original, now = weights
+    values, vectors = torch.linalg.eigh(second_moment)
+    root = vectors * (weight * values.clamp(min=0)).sqrt()  # in x in
+    inputs = torch.cat([keys, *(k for k, _ in earlier), root], dim=1)
+    wanted = torch.cat([residual, *(v - now @ k for k, v in earlier), (original - now) @ root], dim=1)
+    return torch.linalg.lstsq(inputs.T, wanted.T, driver="gelsd").solution.T
+
+
+def lyaplock_queue(losses: list[float], bound: float) -> float:
+    """a Z_t after batches of these preservation losses, with a = 1 / sqrt(D) and Z_1 = Z_max = sqrt(D).
+
+    Z <- max(Z + a (PL - D), Z_max) after each of them.
+    """
+    limit = bound * losses[0]  # D
+    step, queue = limit**-0.5, limit**0.5
+    for loss in losses:
+        queue = max(queue + step * (loss - limit), limit**0.5)
+    return step * queue

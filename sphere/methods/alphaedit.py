@@ -15,7 +15,7 @@ from sphere.forward.device_memory import has_room
 from sphere.hparams import HParams
 from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
 from sphere.methods.edited_model import EditedModel
-from sphere.methods.layerwise import LayerwiseMethod, Solved
+from sphere.methods.layerwise import SequentialMethod, Solved
 from sphere.methods.null_space import Projector, decomposition_bytes, null_space_projector
 from sphere.methods.sequential_solve import Apply
 from sphere.methods.services import Services
@@ -44,7 +44,7 @@ class AlphaEditHParams(HParams):
             raise SphereError(f"L2 must be positive, got {self.L2}: without it the solve is singular.")
 
 
-class AlphaEdit(LayerwiseMethod):
+class AlphaEdit(SequentialMethod):
     """Delta = R K^T P (K K^T P + C P + L2 I)^-1 (eq. 14), layer after layer on the weights edited so far.
 
     C is the sum of K K^T over earlier batches. The keys of a layer depend only on the layers below it, which have

@@ -1,8 +1,8 @@
-"""Methods that write residuals onto keys, layer after layer, by the sequential solve (AlphaEdit, MEMIT and its kin).
+"""Methods that write residuals onto keys, layer after layer, most of them by the sequential solve.
 
-Holds what they share: target values and their anchor, one solve per layer, where it is done, and what a resume point
-keeps of earlier keys. Knows nothing of what makes them differ: their preconditioners, and when a layer's update is
-written.
+Holds what they share: target values and their anchor, what the updates did for them; and of those with the sequential
+solve (AlphaEdit, MEMIT and its kin) one solve per layer, where it is done, and what a resume point keeps of earlier
+keys. Knows nothing of what makes them differ: their preconditioners, and when a layer's update is written.
 """
 
 from __future__ import annotations
@@ -37,26 +37,15 @@ class Solved(NamedTuple):
 
 
 class LayerwiseMethod(Method):
-    """Delta_l = R_l X_l^T with X_l from the sequential solve of layer l."""
+    """Delta_l of one edited layer after the other, towards target values Z."""
 
     tuned: ClassVar[tuple[str, ...]] = TARGET_NUMBERS
 
     def __init__(self, edited: EditedModel, services: Services, hparams: Any) -> None:
         super().__init__(edited, services, hparams)
-        self.solves: dict[int, SequentialSolve] = {}
         self._delivered: dict[str, Delivery] = {}
         self.anchor: Tensor | None = None  # norm that z is rescaled to, once there was a batch
         self._factors: Factors | None = None  # of the update that was yielded last
-
-    @abstractmethod
-    def preconditioner(self, layer: int) -> tuple[Apply, float]:
-        """K -> S K, and the damping c, of a layer's solve; asked for once, on the unedited model."""
-
-    def prepare(self) -> None:
-        for layer in self.hparams.layers:
-            if layer not in self.solves:
-                apply_s, damping = self.preconditioner(layer)
-                self.solves[layer] = SequentialSolve(apply_s, damping, f"layer {layer}")
 
     def prepared_from(self) -> dict[str, str]:
         return {"second_moments": self.services.second_moments.digest()}
@@ -70,10 +59,6 @@ class LayerwiseMethod(Method):
         if self.anchor is None:
             self.anchor = anchor_of(values, v_0)
         return rescaled(values, v_0, self.anchor).T
-
-    def solve(self, layer: int, keys: Tensor) -> Tensor:
-        """X (in x n, float64, on the keys' device) for a layer's keys K (in x n), given the earlier ones."""
-        return self.solves[layer].solve(keys.to(self.services.solve_device(layer))).to(keys.device)
 
     def deliver(self, solved: Iterable[Solved], bare: ActivationsPass, targets: Tensor) -> Iterator[Update]:
         """Yield the updates of increasing layers; once each is written, note what it did for Z (`delivered`).
@@ -99,20 +84,50 @@ class LayerwiseMethod(Method):
     def factors(self) -> Factors | None:
         return self._factors
 
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.anchor is None else {ANCHOR: self.anchor.cpu()}
+
+    def keep_state(self, names: Collection[str]) -> None:
+        if ANCHOR not in names:
+            self.anchor = None
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        self.anchor = state.get(ANCHOR)
+
+
+class SequentialMethod(LayerwiseMethod):
+    """Delta_l = R_l X_l^T with X_l from the sequential solve of layer l."""
+
+    def __init__(self, edited: EditedModel, services: Services, hparams: Any) -> None:
+        super().__init__(edited, services, hparams)
+        self.solves: dict[int, SequentialSolve] = {}
+
+    @abstractmethod
+    def preconditioner(self, layer: int) -> tuple[Apply, float]:
+        """K -> S K, and the damping c, of a layer's solve; asked for once, on the unedited model."""
+
+    def prepare(self) -> None:
+        for layer in self.hparams.layers:
+            if layer not in self.solves:
+                apply_s, damping = self.preconditioner(layer)
+                self.solves[layer] = SequentialSolve(apply_s, damping, f"layer {layer}")
+
+    def solve(self, layer: int, keys: Tensor) -> Tensor:
+        """X (in x n, float64, on the keys' device) for a layer's keys K (in x n), given the earlier ones."""
+        return self.solves[layer].solve(keys.to(self.services.solve_device(layer))).to(keys.device)
+
     def remember(self, layer: int, keys: Tensor) -> None:
         """Count a batch's keys K (in x n) among a layer's earlier ones."""
         self.solves[layer].append(keys.to(self.services.solve_device(layer)))
 
     def state(self) -> dict[str, Tensor]:
-        anchor = {} if self.anchor is None else {ANCHOR: self.anchor.cpu()}
-        return save_solves(self.solves) | anchor
+        return save_solves(self.solves) | super().state()
 
     def keep_state(self, names: Collection[str]) -> None:
-        if ANCHOR not in names:
-            self.anchor = None
+        super().keep_state(names)
         keep_solves(self.solves, names)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        self.anchor = state.get(ANCHOR)
+        super().load_state(state)
         devices = {layer: self.services.solve_device(layer) for layer in self.solves}
         load_solves(self.solves, state, devices)

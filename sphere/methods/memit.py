@@ -10,14 +10,14 @@ from torch import Tensor
 from sphere.factors import Factors
 from sphere.hparams import HParams
 from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
-from sphere.methods.layerwise import LayerwiseMethod, Solved
+from sphere.methods.layerwise import SequentialMethod, Solved
 from sphere.methods.sequential_solve import Apply, inverse_moment
 from sphere.requests import EditRequest
 from sphere.values.compute_ks import ActivationsPass
 from sphere.values.module_residual import module_residual
 
 
-class MEMIT(LayerwiseMethod):
+class MEMIT(SequentialMethod):
     """Delta = R K^T (lambda M + K K^T)^-1 (eq. 14), with M = E[k k^T] and lambda = `mom2_update_weight`.
 
     The layers are solved one after the other on a temporarily edited model, which is then restored; the updates of

@@ -27,6 +27,7 @@ BUILT_IN = {
     "EMMET": "sphere.methods.emmet:EMMET",
     "ENCORE": "sphere.methods.encore:ENCORE",
     "FT": "sphere.methods.ft:FT",
+    "LyapLock": "sphere.methods.lyaplock:LyapLock",
     "MEMIT": "sphere.methods.memit:MEMIT",
     "MEMIT_prune": "sphere.methods.prune:MEMITPrune",
     "MEMIT_rect": "sphere.methods.rect:MEMITRect",

@@ -20,6 +20,7 @@ from sphere.runs.memory import (
     DEVICE,
     FLOAT32,
     FLOAT64,
+    HOST,
     Item,
     Sizes,
     earlier_keys,
@@ -132,6 +133,38 @@ def _prune(hparams: Any, sizes: Sizes) -> list[Item]:
     return [*_memit(hparams, sizes), condensing]
 
 
+def _lyaplock(hparams: Any, sizes: Sizes) -> list[Item]:
+    original = Item(
+        "edited weights before the run, for its preservation loss",
+        "4 E",
+        sizes.exact_bytes * sizes.entries,
+        sizes.offload_device,
+    )
+    sums = FLOAT64 * (sizes.sum_squared_in + sizes.entries)
+    kept = FLOAT32 * sum(
+        (out + in_features) * min(sizes.n_edits, in_features) for out, in_features in sizes.edited
+    )
+    return [
+        *second_moments(sizes),
+        original,
+        Item("sums of earlier keys and values", "8 (in^2 + out in)", sums, sizes.offload_device),
+        Item("earlier keys and values", "4 (in + out) N, N at most in", kept, HOST),
+        Item(
+            "a layer's system",
+            "3 x 8 in^2 + 5 x 8 out in",
+            FLOAT64 * (3 * sizes.largest_in**2 + 5 * sizes.largest),
+            sizes.offload_device,
+            "solve",
+            "writing",
+        ),
+    ]
+
+
+def _lyaplock_solve(hparams: Any, sizes: Sizes) -> float:
+    """A factorisation, and four products of the weight with an in x in matrix."""
+    return sum(i**3 / 3 + 4 * 2 * out * i**2 + 2 * i * (i + out) * sizes.num_edits for out, i in sizes.edited)
+
+
 # ---- other families ----
 
 
@@ -182,6 +215,7 @@ METHODS: dict[str, MethodMemory] = {
     "AlphaEdit": MethodMemory(_alphaedit, _sequential_solve),
     "BetaEdit": MethodMemory(_betaedit, _sequential_solve),
     "FT": MethodMemory(_ft),
+    "LyapLock": MethodMemory(_lyaplock, _lyaplock_solve),
     "MEMIT": MethodMemory(_memit, _memit_solve),
     "MEMIT_prune": MethodMemory(_prune, _memit_solve),
     "MEMIT_rect": MethodMemory(_rect, _memit_solve),
