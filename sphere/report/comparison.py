@@ -24,7 +24,7 @@ UNITS = (
     "run minus reference, in percentage points; intervals: percentile bootstrap over facts and seeds, 95 %"
 )
 OF_A_SEED = ("seed", "case_ids", "requests")  # what another seed changes in run.json
-HOOK = ("beta_hse", "alpha", "rules", "directions", "project", "revive_tau")
+HOOK = ("beta_hse", "alpha", "alpha_budget", "rules", "directions", "project", "revive_tau")
 Board = dict[str, Any]  # see `boards`
 
 
