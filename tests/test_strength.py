@@ -252,7 +252,7 @@ def test_auto_as_a_flag_in_a_file_and_in_a_sweep(tiny: TinyRun) -> None:
 def test_bad_values_are_one_sentence(tiny: TinyRun, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         edit.parser().parse_args(["--alpha=automatic"])
-    assert "alpha is a number or auto, got 'automatic'" in capsys.readouterr().err
+    assert "argument --alpha: expected a number or auto, got 'automatic'" in capsys.readouterr().err
     with pytest.raises(SphereError, match="beta_hse is a number or auto, got 'much'"):
         RunConfig(beta_hse="much").check()  # type: ignore[arg-type]
     with pytest.raises(SphereError, match="alpha_budget is a fraction"):

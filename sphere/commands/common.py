@@ -130,8 +130,8 @@ def _reader(setting: Setting) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         try:
             return setting.read(text)
-        except SphereError as error:
-            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+        except SphereError:
+            raise argparse.ArgumentTypeError(f"expected {setting.expected}, got {text!r}") from None
 
     return read
 

@@ -305,10 +305,13 @@ class Setting:
         try:
             return self.kind(value)
         except (TypeError, ValueError):
-            known = {int: "a whole number", float: "a number"}.get(self.kind, f"of type {self.kind.__name__}")
-            raise SphereError(
-                f"{self.name} is {' or '.join((known, *self.words))}, got {value!r}.", argument=self.name
-            ) from None
+            raise SphereError(f"{self.name} is {self.expected}, got {value!r}.", argument=self.name) from None
+
+    @property
+    def expected(self) -> str:
+        """What `read` takes, in words: "a number or auto"."""
+        kind = {int: "a whole number", float: "a number"}.get(self.kind, f"of type {self.kind.__name__}")
+        return " or ".join((kind, *self.words))
 
 
 @cache
