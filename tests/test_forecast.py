@@ -24,13 +24,14 @@ def expected(**changes: Any) -> Expected:
 def test_the_jobs_are_those_of_the_overrides() -> None:
     words = ["alg_name=FT,ROME", "beta_hse=0,0.5", "seed=range(1,3)", "shuffle=true", "sweep_dir=x"]
     words += ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "checkpoints='100,300'"]
-    jobs = jobs_of([*words, "devices=[cuda:0,cuda:1]", "rules=null", "exact_match_facts=3"])
+    jobs = jobs_of(
+        [*words, "devices=[cuda:0,cuda:1]", "rules=null", "exact_match_facts=3", "generated_facts=4"]
+    )
     assert [(j.config.alg_name, j.config.beta_hse, j.config.seed) for j in jobs] == [
         (method, beta, seed) for method in ("FT", "ROME") for beta in (0, 0.5) for seed in (1, 2)
     ]
-    assert {(j.config.checkpoints, j.config.shuffle, j.exact_match_facts) for j in jobs} == {
-        ("100,300", True, 3)
-    }
+    assert {(j.config.checkpoints, j.config.shuffle) for j in jobs} == {("100,300", True)}
+    assert {(j.exact_match_facts, j.generated_facts) for j in jobs} == {(3, 4)}
     assert [j.config.device for j in jobs[:3]] == ["cuda:0", "cuda:1", "cuda:0"]
     assert len({j.folder for j in jobs}) == 8
 

@@ -108,7 +108,7 @@ def test_a_killed_sweep_goes_on_and_ends_in_one_table(world):
     settings = {
         k: v
         for k, v in after[name]["settings"].items()
-        if k not in ("generation_interval", "exact_match_facts", "hparams")
+        if k not in ("generation_interval", "exact_match_facts", "generated_facts", "hparams")
     }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the jobs: Adam makes much of a rounding error where a gradient is near zero

@@ -45,6 +45,7 @@ def schema() -> type:
         ("sweep_dir", str),
         ("generation_interval", int),
         ("exact_match_facts", int),
+        ("generated_facts", int),
         ("devices", list[str]),
         ("dry_run", bool),
         ("report", bool),
@@ -61,7 +62,7 @@ def job_of(config: dict[str, Any], number: int = 0) -> Job:
     old = {name for setting in settings().values() for name in setting.old_names}
     values = by_new_names({key: v for key, v in config.items() if key not in old or v is not None})
     sweep_dir, interval = values.pop("sweep_dir"), values.pop("generation_interval")
-    greedy = values.pop("exact_match_facts", 0)
+    greedy, asked = values.pop("exact_match_facts", 0), values.pop("generated_facts", 0)
     for key in OF_THE_COMMAND:
         values.pop(key, None)
     for setting in settings().values():
@@ -69,7 +70,7 @@ def job_of(config: dict[str, Any], number: int = 0) -> Job:
             values[setting.name] = setting.read(values[setting.name])
     if devices := values.pop("devices"):
         values["device"] = devices[number % len(devices)]
-    return Job(RunConfig(output_dir=str(sweep_dir), **values), interval, greedy)
+    return Job(RunConfig(output_dir=str(sweep_dir), **values), interval, greedy, asked)
 
 
 @hydra.main(version_base=None, config_path=".", config_name="sweep")

@@ -28,6 +28,7 @@ from typing import Any
 from sphere.checkpoints import CONFIG_NAME, LOG_NAME, list_checkpoints, read_weights
 from sphere.data.records import load_records
 from sphere.errors import SphereError
+from sphere.evaluation.answer_metrics import AnswerOptions
 from sphere.evaluation.evaluate_run import FOLDER, SUMMARY_NAME, evaluate_run
 from sphere.evaluation.summary import COLUMNS, format_lines, format_table
 from sphere.files import atomic_path, read_json, write_json
@@ -89,11 +90,13 @@ class Job:
         config: the run; its `output_dir` is the sweep's folder.
         generation_interval: generate text for every so-many-th case; 0: never.
         exact_match_facts: generate greedy text of so many facts, from the first; 0: none.
+        generated_facts: ask about so many facts as a user does, from the first; 0: about none.
     """
 
     config: RunConfig
     generation_interval: int = 0
     exact_match_facts: int = 0
+    generated_facts: int = 0
 
     @property
     def run_config(self) -> RunConfig:
@@ -122,6 +125,7 @@ class Job:
             "alpha_budget": alpha_budget_of(self.config) if alpha_of(self.config) == AUTO else None,
             "generation_interval": self.generation_interval,
             "exact_match_facts": self.exact_match_facts,
+            "generated_facts": self.generated_facts,
             "hparams": hparams,
         }
 
@@ -182,6 +186,7 @@ def _run(job: Job) -> None:
         run.records,
         generation_interval=job.generation_interval,
         exact_match_facts=job.exact_match_facts,
+        answers=AnswerOptions(job.generated_facts),
         data_dir=config.data_dir,
         dataset=load_records(config.ds_name, config.data_dir) if published else None,
         notes=run.notes,
@@ -197,7 +202,8 @@ def finished_before(job: Job) -> dict[str, Any] | None:
     """
     path = job.folder / JOB_NAME
     previous = _read_job(path) if path.exists() else {}
-    defaults = {name: setting.default for name, setting in settings().items()} | {"exact_match_facts": 0}
+    defaults = {name: setting.default for name, setting in settings().items()}
+    defaults |= {"exact_match_facts": 0, "generated_facts": 0}
 
     def deciding(known: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in {**defaults, **known}.items() if k not in OF_THE_MACHINE}
