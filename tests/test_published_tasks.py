@@ -18,6 +18,7 @@ from sphere.downstream.likelihoods import answer_likelihoods
 from sphere.downstream.metrics import published_metrics, weighted_f1
 from sphere.downstream.table import downstream_lines
 from sphere.errors import SphereError
+from sphere.forward.scorer import PackedScorer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NAME = "model.layers.1.mlp.down_proj.weight"
@@ -94,7 +95,7 @@ def test_accuracy_with_and_without_invalid_outputs():
 def test_likelihoods_are_those_of_the_words_after_the_prompt(tiny_tokenizer):
     model = tiny_llama()
     prompts, words = ["a b. answer:", "the question. answer: ", "x" * 300], ["yes", "no"]
-    found = answer_likelihoods(model, tiny_tokenizer, prompts, words)
+    found = answer_likelihoods(PackedScorer(model), tiny_tokenizer, prompts, words)
     for prompt, values in zip(prompts, found, strict=True):
         for word, value in zip(words, values, strict=True):
             text = f"{prompt.rstrip()} {word}"
@@ -118,7 +119,9 @@ def test_both_forms_stand_side_by_side_and_go_on(run, data_dir, tiny_tokenizer, 
     lines = (run / "rect_eval" / "edit_5" / "published_nli.jsonl").read_text("utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     example = PUBLISHED["nli"].examples(data_dir)[0]
-    expected = answer_likelihoods(edited(run), tiny_tokenizer, [example.prompt], ["True", "False"])[0]
+    expected = answer_likelihoods(
+        PackedScorer(edited(run)), tiny_tokenizer, [example.prompt], ["True", "False"]
+    )[0]
     assert [*records[0]["log_likelihoods"].values()] == pytest.approx(expected, rel=1e-4)
     assert records[0]["choice"] == ("true" if expected[0] > expected[1] else "false")
 

@@ -31,6 +31,7 @@ from sphere.errors import SphereError
 from sphere.evaluation.states import RunStates, State
 from sphere.files import atomic_path, read_json, write_json
 from sphere.forward.passes import PassOptions
+from sphere.forward.scorer import PackedScorer
 from sphere.lock import locked
 
 FOLDER = "rect_eval"
@@ -121,6 +122,7 @@ class _Scoring:
     ) -> None:
         self.model, self.tokenizer, self.folder = model, tokenizer, folder
         self.passes, self.processes, self.num_tests = passes, processes, num_tests
+        self.scorer = PackedScorer(model, passes)
 
     def score(
         self,
@@ -207,7 +209,7 @@ class _Scoring:
         if not task.choices:
             return [{} for _ in prompts]
         names, words = zip(*task.choices, strict=True)
-        found = answer_likelihoods(self.model, self.tokenizer, prompts, words, self.passes)
+        found = answer_likelihoods(self.scorer, self.tokenizer, prompts, words)
         return [{"log_likelihoods": dict(zip(names, values, strict=True))} for values in found]
 
 
