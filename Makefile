@@ -1,7 +1,7 @@
 # make demo    a stress test of MEMIT without and with SPHERE: table, report and figure, in minutes
 # make test    the whole test suite
 # make slow    the tests that take minutes each and are left out of make test
-# make tutorial  the commands of the tutorial, as its page says them, on the default model
+# make tutorial  the notebook of the tutorial, which has its page's commands, on the default model
 # make bench   every speed ratio, into benchmarks/results.md
 # make gemma   a second embedded model, Gemma 3 270M (230 MB), under Google's Gemma terms of use
 # make lint    format, lint and types
