@@ -110,6 +110,16 @@ def test_other_facts_and_other_models_are_other_boards(folders, tmp_path):
     assert [pair["run"]["label"] for pair in found[1]["differences"]] == ["AlphaEdit + SPHERE"]
 
 
+def test_whatever_decides_a_run_beside_its_seed_makes_another_configuration(tmp_path):
+    runs = [fake_run(tmp_path / f"seed {seed}", "MEMIT", seed=seed, **SMALL) for seed in (0, 1)]
+    others = [{"beta_hse": 0.3}, {"alpha_budget": 0.1}, {"rules": "revive"}, {"directions": "original"}]
+    others += [{"project": "after"}, {"num_edits": 5}, {"hparams": {"layers": [4, 5], "L2": 2}}]
+    runs += [fake_run(tmp_path / str(i), "MEMIT", **{**SMALL, **other}) for i, other in enumerate(others)]
+    (board,) = boards(load_runs(runs))
+    assert [len(c["folders"]) for c in board["configurations"]] == [2] + [1] * 7
+    assert len({c["label"] for c in board["configurations"]}) == 8
+
+
 def test_without_a_seed_in_common_there_is_no_difference(tmp_path):
     seeds = [("MEMIT", 1), ("MEMIT", 2), ("AlphaEdit", 3)]
     made = [fake_run(tmp_path / str(seed), method, seed=seed, **SMALL) for method, seed in seeds]

@@ -96,6 +96,9 @@ def test_the_export_says_so_in_plain_transformers(place: Path) -> None:
 def test_the_python_of_the_notebook_says_what_changed(place: Path) -> None:
     cells = json.loads((place / "executed.ipynb").read_text("utf-8"))["cells"]
     last = [cell for cell in cells if cell["cell_type"] == "code"][-1]
-    said = ["".join(out.get("text", "")) for out in last["outputs"] if out["output_type"] == "stream"]
-    assert "unedited" in "".join(said)
-    assert "edited" in "".join(said).replace("unedited", "")
+    said = ["".join(out["text"]) for out in last["outputs"] if out.get("name") == "stdout"]
+    states = dict(
+        line.split(" ", 1) for line in "".join(said).splitlines() if line.startswith(("unedited", "edited"))
+    )
+    assert states["edited"].startswith(" Real Madrid")
+    assert not states["unedited"].startswith(" Real Madrid")
