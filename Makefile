@@ -5,7 +5,8 @@
 # make bench   every speed ratio, into benchmarks/results.md
 # make gemma   a second embedded model, Gemma 3 270M (230 MB), under Google's Gemma terms of use
 # make lint    format, lint and types
-# make docs    the documentation, into site/
+# make docs    the documentation, into site/, once its notebook has run since it was changed
+# make site    the documentation alone
 #
 # Each sets up what it needs in .venv first, and again only when a requirements file has changed.
 
@@ -13,7 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup setup-dev gemma demo test slow tutorial bench lint format docs clean
+.PHONY: help setup setup-dev gemma demo test slow tutorial bench lint format docs site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -60,6 +61,11 @@ slow: setup-dev
 
 tutorial: setup-dev
 	$(BIN)/python -m pytest -m slow tests/test_tutorial.py
+	@touch $(VENV)/.tutorial
+
+$(VENV)/.tutorial: $(wildcard docs/tutorial/*) $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow tests/test_tutorial.py
+	@touch $@
 
 bench: setup-dev
 	$(BIN)/python -m benchmarks
@@ -73,7 +79,9 @@ format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed-docs
+docs: $(VENV)/.tutorial site
+
+site: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
