@@ -60,8 +60,8 @@ slow: setup-dev
 	$(BIN)/python -m pytest -m slow
 
 tutorial: setup-dev
-	$(BIN)/python -m pytest -m slow tests/test_tutorial.py
-	@touch $(VENV)/.tutorial
+	@rm -f $(VENV)/.tutorial
+	@$(MAKE) --no-print-directory $(VENV)/.tutorial
 
 $(VENV)/.tutorial: $(wildcard docs/tutorial/*) $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests/test_tutorial.py

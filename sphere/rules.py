@@ -25,7 +25,6 @@ from sphere.strength import (
     ALPHA_BUDGET,
     AUTO,
     OrAuto,
-    Strength,
     check_alpha,
     check_beta,
     check_budget,
@@ -110,7 +109,9 @@ class Sphere:
         if self.alpha != AUTO:
             return found
         inside = delta @ directions.basis.to(delta)
-        alpha, change = _strength(self.budget, inside, weight, self.original, directions)
+        alpha, change = strength_within(
+            self.budget, inside, weight, self.original, directions.basis, directions.fraction
+        )
         return replace(found, alpha=alpha, change=change, inside=inside)
 
     def factored(self, factors: Factors) -> Factors:
@@ -132,15 +133,6 @@ class Sphere:
             "principal_share_after": principal_share(projected, self.fixed.basis),
             **chosen,
         }
-
-
-def _strength(
-    budget: float, inside: Tensor, weight: Tensor, original: Tensor | None, directions: PrincipalDirections
-) -> Strength:
-    """What `alpha` "auto" is for an update with Delta U (out x r)."""
-    if original is None:
-        raise SphereError("alpha 'auto' measures against the unedited weight: call for_weight first.")
-    return strength_within(budget, inside, weight, original, directions.basis, directions.fraction)
 
 
 @dataclass(frozen=True)
@@ -180,7 +172,9 @@ class Random:
         basis = torch.linalg.qr(torch.stack(rows, dim=1).to(delta)).Q  # in x r
         alpha, chosen, inside = self.alpha, {}, delta @ principal.basis.to(delta)
         if alpha == AUTO:
-            alpha = _strength(self.budget, inside, weight, self.original, principal).alpha
+            alpha, _ = strength_within(
+                self.budget, inside, weight, self.original, principal.basis, principal.fraction
+            )
             chosen = {"alpha": alpha}
         wanted = alpha * float(inside.norm())
         there = float((delta @ basis).norm())

@@ -27,7 +27,7 @@ class Strength(NamedTuple):
 
 
 def strength_within(
-    budget: float, inside: Tensor, weight: Tensor, original: Tensor, basis: Tensor, principal: float
+    budget: float, inside: Tensor, weight: Tensor, original: Tensor | None, basis: Tensor, principal: float
 ) -> Strength:
     """The smallest alpha with which the principal part of a weight's total change stays within a budget.
 
@@ -44,10 +44,15 @@ def strength_within(
         budget: 0 or more; infinite: alpha is 0.
         inside: Delta U (out x r).
         weight: W (out x in).
-        original: W_0 (out x in).
+        original: W_0 (out x in); a rule has it from `for_weight`.
         basis: U (in x r), orthonormal columns.
         principal: the fraction of the spectrum that they carry: ||W_hat U||^2 / ||W_hat||^2 of U's weight.
+
+    Raises:
+        SphereError: no W_0.
     """
+    if original is None:
+        raise SphereError("alpha 'auto' measures against the unedited weight: call for_weight first.")
     norms = weight.norm(dim=1, keepdim=True).to(basis)  # out x 1
     scale = (1 / norms).where(norms > 0, norms)  # a row of zeros has no direction
     earlier = ((weight - original.to(weight)).to(basis) @ basis * scale).double()  # A (out x r)
@@ -74,11 +79,7 @@ def check_beta(beta_hse: OrAuto) -> None:
     Raises:
         SphereError: it is neither.
     """
-    if beta_hse != AUTO and (isinstance(beta_hse, str) or not 0 <= beta_hse <= 1):
-        raise SphereError(
-            f"beta_hse is a cumulative ratio between 0 and 1, or '{AUTO}', got {beta_hse!r}: correct it.",
-            argument="beta_hse",
-        )
+    _check_unit("beta_hse", "a cumulative ratio between 0 and 1", beta_hse)
 
 
 def check_alpha(alpha: OrAuto) -> None:
@@ -87,11 +88,13 @@ def check_alpha(alpha: OrAuto) -> None:
     Raises:
         SphereError: it is no such number.
     """
-    if alpha != AUTO and (isinstance(alpha, str) or not 0 <= alpha <= 1):
-        raise SphereError(
-            f"alpha is a suppression strength from 0 to 1, or '{AUTO}', got {alpha!r}: correct it.",
-            argument="alpha",
-        )
+    _check_unit("alpha", "a suppression strength from 0 to 1", alpha)
+
+
+def _check_unit(name: str, what: str, value: OrAuto) -> None:
+    """A number from 0 to 1, or "auto"."""
+    if value != AUTO and (isinstance(value, str) or not 0 <= value <= 1):
+        raise SphereError(f"{name} is {what}, or '{AUTO}', got {value!r}: correct it.", argument=name)
 
 
 def check_budget(budget: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from transformers import (
 
 from sphere.baselines.mend.method import edited_shapes
 from sphere.baselines.mend.networks import MendEditor
+from sphere.checkpoints import write_resume
 from sphere.editor import Editor
 from sphere.forward.layers import LayerStack
 from sphere.hparams import ModuleHParams, hparams_from_dict
@@ -151,6 +153,17 @@ def tiny_editor(
         path = folder / editor.services.model_label / "mend.safetensors"
         MendEditor(edited_shapes(editor.edited), hparams.rank, hparams.edit_lr).save(path, {})
     return editor
+
+
+def resume_points(editor: Editor, batches: Sequence[Sequence[EditRequest]], folder: Path) -> list[Path]:
+    """The resume points of an editor after each of these batches, which it edits."""
+    saved = []
+    for number, batch in enumerate(batches):
+        editor.edit(batch)
+        saved.append(folder / f"resume_{number}")
+        saved[-1].mkdir()
+        write_resume(saved[-1], *editor.state())
+    return saved
 
 
 def target_nll(edited: EditedModel) -> torch.Tensor:

@@ -8,11 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_architectures import ARCHITECTURES, MORE, REQUESTS, tiny_editor, tiny_hparams, tiny_model
+from test_architectures import (
+    ARCHITECTURES,
+    MORE,
+    REQUESTS,
+    resume_points,
+    tiny_editor,
+    tiny_hparams,
+    tiny_model,
+)
 
 from benchmarks.plain import solves as plain
 from sphere import Editor, SphereError
-from sphere.checkpoints import read_resume, write_resume
+from sphere.checkpoints import read_resume
 
 BATCHES = (REQUESTS[:1], REQUESTS[1:], MORE, REQUESTS[:1])
 NUMBERS = {"layers": (1,), "L1": 0.1, "L2": 0.05, "nullspace_threshold": 0.1}
@@ -51,12 +59,7 @@ def test_as_the_dense_solve(tau: int, tmp_path: Path) -> None:
 def test_it_goes_on_from_a_resume_point(tau: int, tmp_path: Path) -> None:
     """From a state before and after a remaking, to the same weights bit for bit."""
     editor = editor_of(tmp_path, tau=tau)
-    saved = []
-    for number, batch in enumerate(BATCHES):
-        editor.edit(batch)
-        saved.append(tmp_path / f"resume_{number}")
-        saved[-1].mkdir()
-        write_resume(saved[-1], *editor.state())
+    saved = resume_points(editor, BATCHES, tmp_path)
     expected = editor.final_weights()
     for number, folder in enumerate(saved[:-1], 1):
         resumed = editor_of(tmp_path, tau=tau)

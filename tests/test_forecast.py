@@ -13,8 +13,9 @@ from tiny_run import TinyRun
 from sphere.commands import sweep
 from sphere.commands.sweep_job import jobs_of
 from sphere.runs.forecast import Expected, duration, expect, progress_line, remaining, write_forecast
+from sphere.runs.job import Job
 from sphere.runs.plan import measure_rates, plan_run
-from sphere.runs.sweep import Job, run_job
+from sphere.runs.sweep import run_job
 
 
 def expected(**changes: Any) -> Expected:

@@ -23,9 +23,10 @@ from sphere.evaluation.evaluate_run import evaluate_run
 from sphere.lock import FolderInUseError, locked
 from sphere.models import load_model
 from sphere.report import make_report
+from sphere.runs.job import Job
 from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
-from sphere.runs.sweep import Job, run_job
+from sphere.runs.sweep import run_job
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 120

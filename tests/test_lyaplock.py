@@ -8,12 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from test_architectures import ARCHITECTURES, MORE, REQUESTS, tiny_editor, tiny_hparams, tiny_model
+from test_architectures import (
+    ARCHITECTURES,
+    MORE,
+    REQUESTS,
+    resume_points,
+    tiny_editor,
+    tiny_hparams,
+    tiny_model,
+)
 from test_sequential_solve import relative
 
 from benchmarks.plain import solves as plain
 from sphere import Editor, SphereError
-from sphere.checkpoints import read_resume, write_resume
+from sphere.checkpoints import read_resume
 from sphere.methods.lyaplock import EarlierEdits
 
 LAYER = 1
@@ -89,12 +97,7 @@ def test_earlier_edits_are_the_same_after_a_resume(columns: int) -> None:
 def test_it_goes_on_from_a_resume_point_and_reverts(tmp_path: Path) -> None:
     editor = editor_of(tmp_path)
     unedited = editor.final_weights()
-    saved = []
-    for number, batch in enumerate(BATCHES):
-        editor.edit(batch)
-        saved.append(tmp_path / f"resume_{number}")
-        saved[-1].mkdir()
-        write_resume(saved[-1], *editor.state())
+    saved = resume_points(editor, BATCHES, tmp_path)
     expected = editor.final_weights()
     other = editor_of(tmp_path)
     other.load_state(*read_resume(saved[1]))

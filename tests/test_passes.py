@@ -16,9 +16,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from experiments import evaluate
 from scripts import evaluate_each_epoch
 from sphere.forward.passes import PassOptions
+from sphere.runs.job import Job
 from sphere.runs.plan import plan_run
 from sphere.runs.run import execute
-from sphere.runs.sweep import Job, run_job
+from sphere.runs.sweep import run_job
 
 TOKENS = 96
 

@@ -27,8 +27,9 @@ from sphere.commands.sweep_job import job_of
 from sphere.errors import SphereError
 from sphere.forward.layers import LayerStack
 from sphere.runs.config import RunConfig
+from sphere.runs.job import Job
 from sphere.runs.run import execute
-from sphere.runs.sweep import Job, collect, over_seeds, run_job
+from sphere.runs.sweep import collect, over_seeds, run_job
 from sphere.values.layer_stats import SecondMoments
 
 ROOT = Path(__file__).parents[1]

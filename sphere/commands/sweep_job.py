@@ -21,7 +21,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from sphere.renamed import by_new_names
 from sphere.runs.config import RunConfig, settings
 from sphere.runs.forecast import progress_line
-from sphere.runs.sweep import Job, run_job
+from sphere.runs.job import SCORING, Job
+from sphere.runs.sweep import run_job
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +44,7 @@ def schema() -> type:
     of_the_sweep: list[tuple[str, Any]] = [
         ("reference", str | None),
         ("sweep_dir", str),
-        ("generation_interval", int),
-        ("exact_match_facts", int),
-        ("generated_facts", int),
+        *((name, int) for name in SCORING),
         ("devices", list[str]),
         ("dry_run", bool),
         ("report", bool),
@@ -61,8 +60,8 @@ def job_of(config: dict[str, Any], number: int = 0) -> Job:
     """The job of one combination of values; `number` says whose turn at `devices` it is."""
     old = {name for setting in settings().values() for name in setting.old_names}
     values = by_new_names({key: v for key, v in config.items() if key not in old or v is not None})
-    sweep_dir, interval = values.pop("sweep_dir"), values.pop("generation_interval")
-    greedy, asked = values.pop("exact_match_facts", 0), values.pop("generated_facts", 0)
+    sweep_dir = values.pop("sweep_dir")
+    scoring = {name: values.pop(name, default) for name, default in SCORING.items()}
     for key in OF_THE_COMMAND:
         values.pop(key, None)
     for setting in settings().values():
@@ -70,7 +69,7 @@ def job_of(config: dict[str, Any], number: int = 0) -> Job:
             values[setting.name] = setting.read(values[setting.name])
     if devices := values.pop("devices"):
         values["device"] = devices[number % len(devices)]
-    return Job(RunConfig(output_dir=str(sweep_dir), **values), interval, greedy, asked)
+    return Job(RunConfig(output_dir=str(sweep_dir), **values), **scoring)
 
 
 @hydra.main(version_base=None, config_path=".", config_name="sweep")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sphere.downstream.metrics import first_contained
+
 INVALID = -1  # a class of its own for F1
 Row = Mapping[str, Any]
 
@@ -52,6 +54,6 @@ def count(items: Sequence[float]) -> float:
 
 def _graded(output: str, words: Mapping[str, int], gold: int) -> dict[str, Any]:
     """What the metrics of a task are made of: `f1` is a pair for `sphere.downstream.metrics.weighted_f1`."""
-    said = output.lower()
-    found = next((label for word, label in words.items() if word in said), INVALID)
+    word = first_contained(output, words)
+    found = INVALID if word is None else words[word]
     return {"acc": float(found == gold), "f1": (gold, found), "invalid": float(found == INVALID)}

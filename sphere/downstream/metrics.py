@@ -7,7 +7,7 @@ counted as unparsed.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scipy.stats import binomtest
@@ -97,6 +97,12 @@ def published_metrics(records: Sequence[dict[str, Any]], positive: str | None = 
         result["choice_accuracy"] = sum(g == c for g, c in zip(gold, likelier, strict=True)) / len(gold)
         result["choice_f1"] = weighted_f1(list(zip(gold, likelier, strict=True)))
     return result
+
+
+def first_contained(output: str, words: Iterable[str]) -> str | None:
+    """The first of these words that occurs in an output, in whatever case; None where none does."""
+    said = output.lower()
+    return next((word for word in words if word in said), None)
 
 
 def weighted_f1(items: Sequence[tuple[Any, Any]]) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sphere.downstream.metrics import published_metrics
+from sphere.downstream.metrics import first_contained, published_metrics
 from sphere.downstream.tasks import TASKS, Task
 from sphere.evaluation.answer_match import soft_exact_match
 
@@ -66,16 +66,16 @@ def grade_open_domain_qa(output: str, answers: tuple[str, ...]) -> dict[str, Any
 
 def grade_nli(output: str, answers: tuple[str, ...]) -> dict[str, Any]:
     """The output holds "true", or else "false"."""
-    return _first_contained(output, ("true", "false"), answers)
+    return _two_classes(output, ("true", "false"), answers)
 
 
 def grade_closed_domain_qa(output: str, answers: tuple[str, ...]) -> dict[str, Any]:
     """The output holds "yes", or else "no"."""
-    return _first_contained(output, ("yes", "no"), answers)
+    return _two_classes(output, ("yes", "no"), answers)
 
 
-def _first_contained(output: str, words: tuple[str, ...], answers: tuple[str, ...]) -> dict[str, Any]:
-    prediction = next((word for word in words if word in output.lower()), None)
+def _two_classes(output: str, words: tuple[str, ...], answers: tuple[str, ...]) -> dict[str, Any]:
+    prediction = first_contained(output, words)
     return {"prediction": prediction, "correct": prediction == answers[0]}
 
 

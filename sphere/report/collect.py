@@ -198,7 +198,7 @@ SETTINGS: dict[
     "beta_hse": lambda run: f"β {in_words(run.config['beta_hse'])}" if run.has_sphere else "",
     "alpha": lambda run: f"α {in_words(run.config['alpha'])}" if run.has_sphere else "",
     "alpha_budget": lambda run: (
-        f"budget {run.config['alpha_budget']:g}" if run.config.get("alpha_budget") else ""
+        "" if run.config.get("alpha_budget") is None else f"budget {run.config['alpha_budget']:g}"
     ),
     "rules": lambda run: f"rules {run.config['rules']}" if run.config.get("rules") is not None else "",
     "directions": lambda run: (

@@ -22,9 +22,10 @@ from sphere.models import resolve_device
 from sphere.runs.config import RunConfig
 from sphere.runs.facts_file import own_facts, records_of
 from sphere.runs.folder import JOB_NAME
+from sphere.runs.job import Job
 from sphere.runs.memory import DEVICE, DISK
 from sphere.runs.plan import measure_rates, plan_run
-from sphere.runs.sweep import Job, finished_before
+from sphere.runs.sweep import finished_before
 
 log = logging.getLogger(__name__)
 

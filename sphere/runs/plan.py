@@ -186,13 +186,12 @@ def _weights(model: nn.Module, sizes: Sizes, auto: bool) -> list[Item]:
     total = sum(p.nbytes for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     exact = sizes.exact_bytes * sizes.entries
     masters = FLOAT32 * sizes.entries if sizes.weight_bytes < FLOAT32 else 0
+    copy = exact if auto and sizes.offload_device != DEVICE else 0
     return [
         Item("model weights", "P b", total, DEVICE),
         Item("float32 masters of edited weights", "4 E", masters, DEVICE),
         Item("edited weights as they were at first", "4 E", exact, sizes.offload_device),
-        Item(
-            "the same, for alpha auto", "4 E", exact if auto and sizes.offload_device != DEVICE else 0, DEVICE
-        ),
+        Item("the same, for alpha auto", "4 E", copy, DEVICE),
         Item(
             "edited weights before the batch", "4 E", exact, sizes.offload_device, "target values", "writing"
         ),

@@ -51,7 +51,7 @@ def folder_of(config: RunConfig) -> Path:
         more.append(f"{config.directions}_directions")
     if config.project != RunConfig.project:
         more.append(f"project_{config.project}")
-    if alpha_of(config) == AUTO and (budget := alpha_budget_of(config)) != ALPHA_BUDGET:
+    if (budget := sphere_numbers(config).get("alpha_budget", ALPHA_BUDGET)) != ALPHA_BUDGET:
         more.append(f"budget_{budget:g}")
     if config.revive_tau != RunConfig.revive_tau:
         more.append(f"tau_{config.revive_tau:g}")
@@ -91,6 +91,12 @@ def alpha_budget_of(config: RunConfig) -> float:
     if config.alpha_budget is not None:
         return config.alpha_budget
     return float(_of_its_file(config).get("alpha_budget", ALPHA_BUDGET))
+
+
+def sphere_numbers(config: RunConfig) -> dict[str, OrAuto]:
+    """What decides a run's SPHERE: beta_hse and alpha, and alpha's budget where it has one."""
+    budget = {"alpha_budget": alpha_budget_of(config)} if alpha_of(config) == AUTO else {}
+    return {"beta_hse": beta_hse_of(config), "alpha": alpha_of(config), **budget}
 
 
 def _of_its_file(config: RunConfig) -> dict[str, OrAuto]:

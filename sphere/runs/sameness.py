@@ -14,8 +14,7 @@ from sphere.data.records import Record
 from sphere.editor import Editor
 from sphere.errors import SphereError
 from sphere.runs.config import RunConfig
-from sphere.runs.resolve import alpha_budget_of, alpha_of, beta_hse_of
-from sphere.strength import AUTO
+from sphere.runs.resolve import sphere_numbers
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +29,7 @@ def decided(
         "ds_name": config.ds_name,
         **digest_of(records),
         "num_edits": config.num_edits,
-        "beta_hse": beta_hse_of(config),
-        "alpha": alpha_of(config),
-        **({"alpha_budget": alpha_budget_of(config)} if alpha_of(config) == AUTO else {}),
+        **sphere_numbers(config),
         **_unusual(config),
         "seed": config.seed,
         "z_matmul_dtype": config.z_matmul_dtype,

@@ -21,7 +21,7 @@ import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,13 @@ from sphere.evaluation.answer_metrics import AnswerOptions
 from sphere.evaluation.evaluate_run import FOLDER, SUMMARY_NAME, evaluate_run
 from sphere.evaluation.summary import COLUMNS, format_lines, format_table
 from sphere.files import atomic_path, read_json, write_json
-from sphere.hparams import read_content
 from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
 from sphere.renamed import by_new_names
 from sphere.runs.config import PROGRAM, RunConfig, settings
 from sphere.runs.folder import JOB_NAME
-from sphere.runs.hparams import hparams_source
-from sphere.runs.resolve import alpha_budget_of, alpha_of, beta_hse_of, folder_of
+from sphere.runs.job import SCORING, UNNAMED, Job
 from sphere.runs.run import execute
-from sphere.strength import AUTO
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +53,6 @@ NAMED_IF_CHANGED = (
     "shuffle",
     "chat_template",
 )
-# What a run's folder does not say by itself goes into the folder above it.
-UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype", "z_matmul_dtype")
 # What may change without a finished job being run again.
 OF_THE_MACHINE = (
     "device",
@@ -80,54 +75,6 @@ MEASURED = (
 )
 # What a row says of its run, beside that.
 SETTINGS = ("alg_name", "model_name", "ds_name", "num_edits", "beta_hse", "alpha", "seed")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a sweep and how it is scored.
-
-    Attributes:
-        config: the run; its `output_dir` is the sweep's folder.
-        generation_interval: generate text for every so-many-th case; 0: never.
-        exact_match_facts: generate greedy text of so many facts, from the first; 0: none.
-        generated_facts: ask about so many facts as a user does, from the first; 0: about none.
-    """
-
-    config: RunConfig
-    generation_interval: int = 0
-    exact_match_facts: int = 0
-    generated_facts: int = 0
-
-    @property
-    def run_config(self) -> RunConfig:
-        """The run as it is executed: in a folder that no other job has."""
-        parts = [f"seed_{self.config.seed}"]
-        for key in UNNAMED:
-            value = getattr(self.config, key)
-            if value != getattr(RunConfig, key):
-                parts.append(f"{key}_{Path(str(value)).stem}")
-        return replace(self.config, output_dir=str(Path(self.config.output_dir) / "_".join(parts)))
-
-    @property
-    def folder(self) -> Path:
-        """Where the run lands."""
-        return folder_of(self.run_config)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """JSON-able: the run's configuration with its hyperparameters, and how it is scored."""
-        path = hparams_source(self.config)
-        hparams = read_content(path) if path.exists() else None
-        return {
-            **asdict(self.run_config),
-            "beta_hse": beta_hse_of(self.config),
-            "alpha": alpha_of(self.config),
-            "alpha_budget": alpha_budget_of(self.config) if alpha_of(self.config) == AUTO else None,
-            "generation_interval": self.generation_interval,
-            "exact_match_facts": self.exact_match_facts,
-            "generated_facts": self.generated_facts,
-            "hparams": hparams,
-        }
 
 
 def run_job(job: Job) -> dict[str, Any]:
@@ -202,8 +149,7 @@ def finished_before(job: Job) -> dict[str, Any] | None:
     """
     path = job.folder / JOB_NAME
     previous = _read_job(path) if path.exists() else {}
-    defaults = {name: setting.default for name, setting in settings().items()}
-    defaults |= {"exact_match_facts": 0, "generated_facts": 0}
+    defaults = {name: setting.default for name, setting in settings().items()} | SCORING
 
     def deciding(known: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in {**defaults, **known}.items() if k not in OF_THE_MACHINE}

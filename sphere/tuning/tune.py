@@ -44,8 +44,7 @@ from sphere.report.style import drawing
 from sphere.resources import find
 from sphere.runs.config import RunConfig
 from sphere.runs.hparams import format_hparams, hparams_of, write_path
-from sphere.runs.resolve import alpha_budget_of, alpha_of, beta_hse_of
-from sphere.strength import AUTO
+from sphere.runs.resolve import sphere_numbers
 from sphere.tuning.causal_trace import causal_trace, choose_layers, known_facts, subject_noise
 from sphere.tuning.figures import effects, history
 from sphere.tuning.objective import Objective, Outcome
@@ -204,9 +203,7 @@ class _Tuning:
             "layers": o.layers,
             "case_ids": [record.case_id for record in self.records],
             "requests": hashlib.sha256(repr([r.request for r in self.records]).encode()).hexdigest(),
-            "alpha": alpha_of(c),
-            "beta_hse": beta_hse_of(c),
-            **({"alpha_budget": alpha_budget_of(c)} if alpha_of(c) == AUTO else {}),
+            **sphere_numbers(c),
             **{key: getattr(c, key) for key in ("alg_name", "ds_name", "num_edits", "rules")},
             **{key: getattr(c, key) for key in ("directions", "revive_tau", "seed", "z_matmul_dtype")},
             **{

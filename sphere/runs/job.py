@@ -1,0 +1,63 @@
+"""A job of a sweep: one run, where it lands, and how it is scored.
+
+Knows names and paths. Loads no model, writes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from sphere.hparams import read_content
+from sphere.runs.config import RunConfig
+from sphere.runs.hparams import hparams_source
+from sphere.runs.resolve import folder_of, sphere_numbers
+
+# What a run's folder does not say by itself goes into the folder above it.
+UNNAMED = ("dataset_size_limit", "hparams_fname", "dtype", "z_matmul_dtype")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep and how it is scored.
+
+    Attributes:
+        config: the run; its `output_dir` is the sweep's folder.
+        generation_interval: generate text for every so-many-th case; 0: never.
+        exact_match_facts: generate greedy text of so many facts, from the first; 0: none.
+        generated_facts: ask about so many facts as a user does, from the first; 0: about none.
+    """
+
+    config: RunConfig
+    generation_interval: int = 0
+    exact_match_facts: int = 0
+    generated_facts: int = 0
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The run as it is executed: in a folder that no other job has."""
+        parts = [f"seed_{self.config.seed}"]
+        for key in UNNAMED:
+            value = getattr(self.config, key)
+            if value != getattr(RunConfig, key):
+                parts.append(f"{key}_{Path(str(value)).stem}")
+        return replace(self.config, output_dir=str(Path(self.config.output_dir) / "_".join(parts)))
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lands."""
+        return folder_of(self.run_config)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON-able: the run's configuration with its hyperparameters, and how it is scored."""
+        path = hparams_source(self.config)
+        hparams = read_content(path) if path.exists() else None
+        numbers = {"alpha_budget": None, **sphere_numbers(self.config)}
+        scoring = {name: getattr(self, name) for name in SCORING}
+        return {**asdict(self.run_config), **numbers, **scoring, "hparams": hparams}
+
+
+# How a job is scored -> its default.
+SCORING: dict[str, Any] = {one.name: one.default for one in fields(Job) if one.name != "config"}
