@@ -127,9 +127,10 @@ def test_fractions_are_those_of_all_layers_eigenvalues() -> None:
 
 def test_the_start_is_in_the_space_and_stands_for_itself() -> None:
     start = replace(tiny_hparams(LLAMA_MODULES, v_lr=3.0, kl_factor=0.0), nullspace_threshold=0.5, L2=7.0)
-    space = SearchSpace(start, get_method("AlphaEdit").tuned, spectrum()[0])
+    space = SearchSpace(start, get_method("AlphaEdit").tuned, 0.5, spectrum()[0])
     assert set(space.ranges) == {"v_lr", "clamp_norm_factor", "nullspace_threshold", "L2"}  # kl_factor is 0
-    assert space.ranges["v_lr"] == (RANGES["v_lr"][0], 3.0)
+    assert space.ranges["v_lr"] == (RANGES["v_lr"][0], 6.0)  # of half a unit each
+    assert SearchSpace(start, ("v_lr",), 100.0).ranges["v_lr"] == RANGES["v_lr"]  # 3 is 0.03 of such states
     found = space.hparams(space.start_params)
     assert (found.v_lr, found.L2) == (3.0, 7.0)
     same = {"nullspace_threshold": start.nullspace_threshold}
@@ -172,6 +173,9 @@ def test_a_trial_leaves_the_model_as_it_was(tiny: TinyRun) -> None:
     start = load_hparams(tiny.folder / "hparams/AlphaEdit/tiny.json", get_method("AlphaEdit").hparams_class)
     records = tuning_set("starter", tiny.folder / "data", 4, 0)
     trials = Objective(tiny.config(), model, tokenizer, start, records, max_perplexity=1.0)
+    editor = editor_of(tiny.config(), model, tokenizer, start, trials.templates, Processes())
+    h0 = editor.services.compute_z([record.request for record in records]).h0
+    assert trials.coordinate == pytest.approx(float(h0.abs().mean()), rel=1e-5)
     seen: list[Outcome] = []
     whole = trials.evaluate(start, lambda outcome: not seen.append(outcome))
     assert [outcome.n_edits for outcome in (*seen, whole)] == [2, 4]
@@ -188,7 +192,7 @@ def test_a_trial_leaves_the_model_as_it_was(tiny: TinyRun) -> None:
 
 
 def test_a_trial_below_the_median_of_the_earlier_ones_is_stopped(tmp_path: Path) -> None:
-    space = SearchSpace(tiny_hparams(LLAMA_MODULES), ("v_lr",))
+    space = SearchSpace(tiny_hparams(LLAMA_MODULES), ("v_lr",), 1.0)
     search = Search(tmp_path / "study.journal", seed=0)
     for value in (40.0, 50.0, 60.0, 70.0)[:N_UNPRUNED]:
         trial, _ = search.next(space)

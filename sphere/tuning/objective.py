@@ -63,6 +63,9 @@ class Objective:
 
     What no number that is searched changes is found once: context templates, second moments, tokens of the prompts.
 
+    Attributes:
+        coordinate: mean absolute coordinate of h0, the unedited hidden states at the z layer's lookup positions.
+
     Args:
         config: the kind of run that is tuned for (method, rules, batch size, passes, ...).
         start: hyperparameters with the layers to edit.
@@ -85,6 +88,8 @@ class Objective:
         check_records(editor, self.records)
         self.templates = editor.services.context_templates
         self.second_moments = editor.services.second_moments
+        h0 = editor.services.bare_pass([record.request for record in self.records]).outputs(max(start.layers))
+        self.coordinate = float(h0.abs().mean())  # h0: out x n
         editor.close()
         self.scorer = RecordScorer(model, tokenizer, config.passes, editor.edited.user_turn)
         self.paragraphs = read_paragraphs(f"data/{TEXT_NAME}")

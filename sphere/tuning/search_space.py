@@ -1,8 +1,10 @@
 """The numbers that are searched, their ranges, and the units in which they are searched.
 
-A model's keys have their own scale, so what is measured in squared keys is searched relative to the spectrum of the
-second moments E[k k^T] of the edited layers, and written as the number that a hyperparameter file holds:
+A model's hidden states and keys have their own scale. So Adam's steps towards z are searched relative to the hidden
+states that z replaces, what is measured in squared keys relative to the spectrum of the second moments E[k k^T] of the
+edited layers, and written is the number that a hyperparameter file holds:
 
+    v_lr                   relative to the mean absolute coordinate of h0: Adam moves every coordinate alike
     nullspace_threshold    the fraction of all eigenvalues' sum that lies below it
     L2                     relative to E||k||^2, the mean over the layers of the eigenvalues' sum
 
@@ -23,7 +25,7 @@ from sphere.hparams import HParams
 
 # Number -> its range in its unit, on a logarithmic scale; widened where the start lies outside.
 RANGES: dict[str, tuple[float, float]] = {
-    "v_lr": (0.05, 1.0),
+    "v_lr": (0.02, 1.0),
     "clamp_norm_factor": (0.25, 5.0),
     "kl_factor": (0.005, 0.5),
     "mom2_update_weight": (50.0, 50000.0),
@@ -76,20 +78,27 @@ class SearchSpace:
     Args:
         start: hyperparameters that the search begins with; a number that is 0 there stays 0.
         names: which numbers (`Method.tuned`).
+        coordinate: the mean absolute coordinate of h0; may be None where `v_lr` is not searched.
         spectrum: of the edited layers; may be None where no number needs it.
 
     Raises:
         SphereError: a number that is not among the fields of `start` or has no range.
     """
 
-    def __init__(self, start: HParams, names: Sequence[str], spectrum: Spectrum | None = None) -> None:
+    def __init__(
+        self,
+        start: HParams,
+        names: Sequence[str],
+        coordinate: float | None = None,
+        spectrum: Spectrum | None = None,
+    ) -> None:
         known = {field.name for field in fields(start)}
         if strange := [name for name in names if name not in known or name not in RANGES]:
             raise SphereError(
                 f"{', '.join(strange)} of {type(start).__name__} cannot be searched: name numbers among "
                 f"{', '.join(RANGES)}."
             )
-        self.start, self.spectrum = start, spectrum
+        self.start, self.coordinate, self.spectrum = start, coordinate, spectrum
         self.ranges: dict[str, tuple[float, float]] = {}
         for name in names:
             if (value := self._in_unit(name)) > 0:
@@ -122,14 +131,24 @@ class SearchSpace:
         value = float(getattr(self.start, name))
         if name == "nullspace_threshold":
             return self._of(name).fraction_below(value)
-        return value / self._of(name).mean_square if name == "L2" else value
+        return value / self._unit(name)
 
     def _in_file(self, name: str, value: float) -> float:
         if name == "nullspace_threshold":
             value = self._of(name).threshold_at(value)
-        elif name == "L2":
-            value *= self._of(name).mean_square
+        else:
+            value *= self._unit(name)
         return float(f"{value:.{DIGITS}g}")
+
+    def _unit(self, name: str) -> float:
+        """What one unit of the search is in a file."""
+        if name == "L2":
+            return self._of(name).mean_square
+        if name != "v_lr":
+            return 1.0
+        if self.coordinate is None:
+            raise SphereError(f"{name} is searched relative to the coordinates of h0: give their mean.")
+        return self.coordinate
 
     def _of(self, name: str) -> Spectrum:
         if self.spectrum is None:

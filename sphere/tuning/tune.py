@@ -189,7 +189,7 @@ class _Tuning:
         spectrum = None
         if needs_spectrum(self.method.tuned):
             spectrum = Spectrum([trials.second_moments.get(layer) for layer in layers])
-        space = SearchSpace(hparams, self.method.tuned, spectrum)
+        space = SearchSpace(hparams, self.method.tuned, trials.coordinate, spectrum)
         search = Search(self.folder / STUDY_NAME, config.seed)
         self._search(search, space, trials, began)
         return self._finish(search, space, layers)
