@@ -127,6 +127,15 @@ def test_lines_that_are_no_text(name, content, says, tmp_path, tiny_tokenizer):
         list(corpus(str(path), tiny_tokenizer).documents())
 
 
+def test_the_shipped_text_is_found_from_anywhere(tmp_path, tiny_tokenizer, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    documents = list(corpus("data/sample_text.txt", tiny_tokenizer, 400).documents())
+    assert len(documents) == 400
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/sample_text.txt").write_text("One's own goes first.\n")
+    assert len(list(corpus("data/sample_text.txt", tiny_tokenizer, 400).documents())) == 1
+
+
 def test_errors_of_sources(tmp_path, tiny_tokenizer):
     with pytest.raises(
         SphereError, match="mom2_dataset 'nothing' is neither one of wikipedia, wikitext, self"

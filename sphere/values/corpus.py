@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from sphere.errors import SphereError
 from sphere.requests import check_encodable
+from sphere.resources import find
 from sphere.values import self_text
 from sphere.values.tokenization import tokenizer_digest, truncated_ids
 
@@ -144,7 +145,7 @@ class Corpus:
 
 
 def _local(source: str) -> Path:
-    path = Path(source)
+    path = find(source)
     if not path.is_file():
         raise SphereError(
             f"mom2_dataset '{source}' is neither one of {', '.join([*HUB, SELF])} nor a .txt or .jsonl file: "
