@@ -146,17 +146,24 @@ def test_zsre_neighbors_against_the_unedited_prediction(tmp_path):
     assert edited["metrics"]["neighborhood_accuracy_unedited_prediction"]["mean"] < 100
 
 
-def test_finished_cases_are_not_scored_again(setting, monkeypatch):
-    records = counterfact(9)
-    summary = evaluate(setting, records)
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """The ids of the cases that are scored from now on."""
+    found = []
     score = RecordScorer.score
 
     def counting(self, records, progress=True):
-        asked.extend(record.case_id for record in records)
+        found.extend(record.case_id for record in records)
         return score(self, records, progress)
 
     monkeypatch.setattr(RecordScorer, "score", counting)
+    return found
+
+
+def test_finished_cases_are_not_scored_again(setting, asked, monkeypatch):
+    records = counterfact(9)
+    summary = evaluate(setting, records)
+    asked.clear()
     monkeypatch.setattr(evaluation, "CHUNK", 3)
     assert evaluate(setting, records) == summary
     assert asked == []
@@ -175,6 +182,31 @@ def test_finished_cases_are_not_scored_again(setting, monkeypatch):
     changed_record = Record(15, EditRequest(15, "{} is at", "x", "Rome", "Oslo"))
     evaluate(setting, [changed_record, *records[:5], *records[6:]])
     assert asked == [13, 14, 15] * 2
+
+
+def test_runs_on_the_same_facts_share_the_unedited_models_cases(setting, asked, tmp_path):
+    model, tokenizer, _ = setting
+    records, shared = counterfact(9), tmp_path / "unedited"
+
+    def run(name, **changes):
+        make_run(tmp_path / name, model, steps=(4,), **changes)
+        asked.clear()
+        summary = evaluate((model, tokenizer, tmp_path / name), records, unedited_dir=shared)
+        return summary["checkpoints"], list(asked)
+
+    first, scored = run("first")
+    assert scored == [10, 11, 12, 13] * 2
+    second, scored = run("second")
+    assert scored == [10, 11, 12, 13]  # of the edited model alone
+    assert second == first
+    _, scored = run("shuffled", case_ids=[13, 12, 11, 10])
+    assert scored == [13, 12, 11, 10] * 2
+    _, scored = run("in its turn", user_turn="Q: {} A:")
+    assert scored == [10, 11, 12, 13] * 2
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight").mul_(1.1)
+    _, scored = run("another model")
+    assert scored == [10, 11, 12, 13] * 2
 
 
 def test_killed_and_restarted_gives_the_same_summary(tmp_path):

@@ -30,17 +30,30 @@ class CaseFile:
         self.header = header
         self.processes = processes or Processes()
         self._cases: dict[tuple[int, str], Case] = {}
-        for line in self.processes.on_main(lambda: _trusted(path, header)):
-            self._cases[line["case"]["case_id"], line["record"]] = line["case"]
+        self.take(path)
 
     def begin(self, kept: Sequence[Record]) -> None:
         """Write the file anew with the finished cases of `kept` only."""
         self._cases = {(r.case_id, _digest(r)): self[r] for r in kept}
+        self.write_to(self.path)
+
+    def take(self, path: Path) -> None:
+        """Know the finished cases of another file, too, if its header is the same; one's own go first."""
+        for line in self.processes.on_main(lambda: _trusted(path, self.header)):
+            self._cases.setdefault((line["case"]["case_id"], line["record"]), line["case"])
+
+    def write_to(self, path: Path) -> None:
+        """Write a file of the cases that are known."""
         if not self.processes.main:
             return
         lines = [json.dumps(self.header), *(_line(digest, c) for (_, digest), c in self._cases.items())]
-        with atomic_path(self.path) as temporary:
+        with atomic_path(path) as temporary:
             temporary.write_text("\n".join(lines) + "\n", "utf-8")
+
+    def digest(self, records: Sequence[Record]) -> str:
+        """Changes with the header, with anything in the records, and with their order."""
+        content = json.dumps([self.header, [_digest(record) for record in records]], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def get(self, record: Record) -> Case | None:
         """The finished case of exactly this record."""

@@ -72,6 +72,7 @@ def evaluate_run(
     notes: Mapping[str, str] | None = None,
     passes: PassOptions | None = None,
     seed: int = 0,
+    unedited_dir: str | Path | None = None,
     progress: bool = True,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
@@ -95,6 +96,7 @@ def evaluate_run(
         notes: what the summary shall say of the records, by what it speaks of.
         passes: how forward passes are cut, and whether memory is saved.
         seed: of generation and of the bootstrap.
+        unedited_dir: where finished cases of the unedited model are kept for other runs on the same facts.
         processes: among which the cases are shared out; the main one writes the files.
 
     Returns:
@@ -126,13 +128,15 @@ def evaluate_run(
         scorer = RecordScorer(model, tokenizer, passes, turn)
         greedy = ExactMatch(model, tokenizer, edited, exact_match_facts, passes, turn)
         asked = GeneratedAnswers(model, tokenizer, edited, answers or AnswerOptions(), passes, turn)
-        scoring = _Scoring(scorer, (generator, greedy, asked), edited, folder / FOLDER, progress, processes)
-        metrics = StateMetrics(scorer.scorer, tokenizer, states, folder / FOLDER, folder, processes)
+        makers, own = (generator, greedy, asked), folder / FOLDER
+        shared = Path(unedited_dir) if unedited_dir else None
+        scoring = _Scoring(scorer, makers, edited, own, shared, progress, processes)
+        metrics = StateMetrics(scorer.scorer, tokenizer, states, own, folder, processes)
         with states.temporarily(passes.offload_device), closing(asked):
             rows = _rows(scoring, metrics, states, seed)
-        summary = _summary(model, folder, states, (generator, greedy, asked), rows, ds_name)
+        summary = _summary(model, folder, states, makers, rows, ds_name)
         summary["notes"] |= notes or {}
-        processes.on_main(lambda: write_json(folder / FOLDER / SUMMARY_NAME, summary))
+        processes.on_main(lambda: write_json(own / SUMMARY_NAME, summary))
     return summary
 
 
@@ -260,10 +264,12 @@ class _Scoring:
         makers: Sequence[_TextMaker],
         records: Sequence[Record],
         folder: Path,
+        unedited_dir: Path | None,
         progress: bool,
         processes: Processes,
     ) -> None:
         self.scorer, self.makers, self.records, self.folder = scorer, makers, records, folder
+        self.unedited_dir = unedited_dir
         self.progress, self.processes = progress and processes.main, processes
 
     def cases(self, state: State) -> list[Case]:
@@ -274,6 +280,10 @@ class _Scoring:
         if self.scorer.user_turn != BARE:
             header[USER_TURN] = self.scorer.user_turn
         file = CaseFile(self.folder / f"cases_{state.label}.jsonl", header, self.processes)
+        shared: Path | None = None
+        if self.unedited_dir and not state.checkpoint:
+            shared = self.unedited_dir / f"cases_{file.digest(records)}.jsonl"
+            file.take(shared)
         # Whole chunks, always cut alike: rounding depends on what shares a batch, and a restart should not show.
         chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]
         todo = [chunk for chunk in chunks if any(file.get(record) is None for record in chunk)]
@@ -282,6 +292,8 @@ class _Scoring:
             self._score(todo, file, name)
         for maker in self.makers:
             self._generate(maker, records, file, name)
+        if shared:
+            file.write_to(shared)
         log.info("%s: %d cases, %d of them scored now", file.path, len(records), sum(map(len, todo)))
         return [self._asked_for(record, file) for record in records]
 

@@ -2,6 +2,7 @@
 
     <sweep_dir>/seed_<seed>[_<key>_<value>...]/<the run's own folder>/     as `sphere edit` writes it
         job.json                                                        what became of the job
+    <sweep_dir>/unedited/                                           the unedited model's cases, shared by the jobs
     <sweep_dir>/sweep.json, sweep.csv, sweep.md                         one row per job, and means over seeds
 
 A job that is finished is not run again; one that was stopped goes on from its last finished batch or its last scored
@@ -43,6 +44,7 @@ from sphere.runs.run import execute
 log = logging.getLogger(__name__)
 
 TABLE_NAME = "sweep"
+UNEDITED = "unedited"
 # What a run's own folder says where it is not the default.
 NAMED_IF_CHANGED = (
     "rules",
@@ -139,6 +141,7 @@ def _run(job: Job) -> None:
         notes=run.notes,
         passes=config.passes,
         seed=config.seed,
+        unedited_dir=Path(config.output_dir) / UNEDITED,
     )
 
 
