@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -19,8 +21,9 @@ from sphere.checkpoints import write_checkpoint, write_config
 from sphere.data.records import Record
 from sphere.errors import SphereError
 from sphere.evaluation import evaluate_run as evaluation
-from sphere.evaluation.case_file import CaseFile
+from sphere.evaluation.case_file import CaseFile, read_cases
 from sphere.evaluation.evaluate_run import evaluate_run
+from sphere.evaluation.scored_facts import ScoredFacts
 from sphere.evaluation.scoring import RecordScorer, score_records
 from sphere.requests import EditRequest
 from sphere.weights import EditedWeights
@@ -207,6 +210,43 @@ def test_runs_on_the_same_facts_share_the_unedited_models_cases(setting, asked, 
         model.get_parameter("model.norm.weight").mul_(1.1)
     _, scored = run("another model")
     assert scored == [10, 11, 12, 13] * 2
+
+
+def test_a_sample_of_the_facts(setting):
+    folder, records = setting[2], counterfact(9)
+    everything = evaluate(setting, records)["checkpoints"]
+    scored = {n: read_cases(folder / "summary" / f"cases_edit_{n}.jsonl") for n in (4, 9)}
+    summary = evaluate(setting, records, scored_facts=5)
+    assert summary["scored_facts"] == 5
+    sampled = {n: read_cases(folder / "summary" / f"cases_edit_{n}.jsonl") for n in (0, 4, 9)}
+    ids = {n: [case["case_id"] for case in cases] for n, cases in sampled.items()}
+    assert ids[4] == [10, 11, 12, 13]  # no more than 5: all
+    assert len(ids[9]) == 5
+    assert ids[9] == sorted(ids[9])
+    assert set(ids[0]) == {*ids[4], *ids[9]}
+    assert [row["unedited"]["n_cases"] for row in summary["checkpoints"]] == [len(ids[0]), 4, 5]
+    whole = {case["case_id"]: case for case in scored[9]}
+    assert sampled[9] == [whole[i] for i in ids[9]]
+    assert summary["checkpoints"][1]["metrics"] == everything[1]["metrics"]
+    assert evaluate(setting, records, scored_facts=9) == evaluate(setting, records) | {"scored_facts": 9}
+
+
+@given(n=st.integers(1, 40), limit=st.integers(1, 40), seed=st.integers(0, 3), data=st.data())
+def test_a_fact_drawn_once_is_drawn_at_all_earlier_checkpoints(n, limit, seed, data):
+    facts = ScoredFacts(counterfact(n), limit, seed)
+    earlier = data.draw(st.integers(1, n))
+    ids = {k: [record.case_id for record in facts.of(k)] for k in (earlier, n)}
+    assert [len(its) for its in ids.values()] == [min(limit, k) for k in ids]
+    assert {i for i in ids[n] if i < 10 + earlier} <= set(ids[earlier])
+
+
+@pytest.mark.parametrize("text", [{"exact_match_facts": 1}, {"generation_interval": 2}])
+def test_no_text_of_a_sample(setting, text):
+    with pytest.raises(SphereError, match="leave out one of the two") as error:
+        evaluate(setting, counterfact(9), scored_facts=5, **text)
+    assert error.value.arguments == ("scored_facts",)
+    with pytest.raises(SphereError, match="at least 0, got -1"):
+        evaluate(setting, counterfact(9), scored_facts=-1)
 
 
 def test_killed_and_restarted_gives_the_same_summary(tmp_path):

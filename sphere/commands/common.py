@@ -151,8 +151,14 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig(**values)
 
 
-def add_generation_flags(group: argparse._ArgumentGroup) -> None:
-    """--generation_test_interval and --skip_generation_tests: which cases text is generated for."""
+def add_scoring_flags(group: argparse._ArgumentGroup) -> None:
+    """Which facts are scored, which of them text is generated for, and who judges it."""
+    group.add_argument(
+        "--scored_facts",
+        type=int,
+        default=0,
+        help="score at most so many of the facts edited so far, drawn by the seed; 0: all",
+    )
     group.add_argument(
         "--generation_test_interval",
         type=int,
@@ -210,6 +216,22 @@ def answer_options(arguments: argparse.Namespace) -> AnswerOptions:
 def exact_match_facts(arguments: argparse.Namespace) -> int:
     """How many facts have greedy text; 0: none."""
     return 0 if arguments.skip_generation_tests else max(arguments.exact_match_facts, 0)
+
+
+def scored_facts(arguments: argparse.Namespace) -> int:
+    """How many facts are scored at most; 0: all.
+
+    Raises:
+        SphereError: a negative number, or generated text beside it.
+    """
+    from sphere.evaluation.scored_facts import check_scored_facts
+
+    facts = 0 if arguments.skip_generation_tests else max(arguments.generated_facts, 0)
+    check_scored_facts(
+        arguments.scored_facts,
+        bool(facts or exact_match_facts(arguments) or generation_interval(arguments)),
+    )
+    return int(arguments.scored_facts)
 
 
 def generation_interval(arguments: argparse.Namespace) -> int:

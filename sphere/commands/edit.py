@@ -29,13 +29,14 @@ from __future__ import annotations
 import argparse
 
 from sphere.commands.common import (
-    add_generation_flags,
     add_run_settings,
+    add_scoring_flags,
     answer_options,
     config_of,
     exact_match_facts,
     generation_interval,
     make_parser,
+    scored_facts,
 )
 
 
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     groups["scoring"].add_argument(
         "--skip_scoring", action="store_true", help="edit only; `sphere score` scores later"
     )
-    add_generation_flags(groups["scoring"])
+    add_scoring_flags(groups["scoring"])
     groups["output"].add_argument(
         "--continue",
         dest="continued_run",
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(describe_methods(config.hparams_dir))
         return 0
-    answers = answer_options(arguments)  # before hours of editing
+    answers, sample = answer_options(arguments), scored_facts(arguments)  # before hours of editing
     if arguments.dry_run:
         from sphere.runs.plan import describe_run
 
@@ -108,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         generation_interval=interval,
         exact_match_facts=exact_match_facts(arguments),
         answers=answers,
+        scored_facts=sample,
         data_dir=config.data_dir,
         dataset=load_records(config.ds_name, config.data_dir) if interval and not config.facts else None,
         notes=run.notes,

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 from sphere.commands.common import (
     DATA_FLAGS,
     MODEL_FLAGS,
-    add_generation_flags,
+    add_scoring_flags,
     add_settings,
     answer_options,
     exact_match_facts,
     generation_interval,
     make_parser,
     positive_int,
+    scored_facts,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         batch_tokens={"help": "tokens in one forward pass; less needs less memory (default: by device)"},
         conserve_memory={"help": "small forward passes; the original weights are kept off the GPU"},
     )
-    add_generation_flags(parser.add_argument_group("generation (with --ds_name)"))
+    add_scoring_flags(parser.add_argument_group("generation (with --ds_name)"))
     downstream = parser.add_argument_group("downstream tasks (without --ds_name)")
     downstream.add_argument(
         "--num_tests", type=positive_int, default=None, help="only the first so many examples of each task"
@@ -104,7 +105,8 @@ def _edits(args: argparse.Namespace) -> int:
     from sphere.runs.config import OWN_FACTS
     from sphere.runs.facts_file import read_run_facts
 
-    only, answers = _only(args), answer_options(args)  # what is wrong is reported before anything is loaded
+    # What is wrong is reported before anything is loaded.
+    only, answers, sample = _only(args), answer_options(args), scored_facts(args)
     own = args.ds_name == OWN_FACTS
     if own:
         records, notes = read_run_facts(args.weight_folder)
@@ -121,6 +123,7 @@ def _edits(args: argparse.Namespace) -> int:
         generation_interval=interval,
         exact_match_facts=exact_match_facts(args),
         answers=answers,
+        scored_facts=sample,
         only=only,
         data_dir=args.data_dir,
         dataset=load_records(args.ds_name, args.data_dir) if interval and not own else None,

@@ -34,6 +34,7 @@ from sphere.evaluation.case_file import CaseFile
 from sphere.evaluation.exact_match import ExactMatch
 from sphere.evaluation.generated_answers import GeneratedAnswers
 from sphere.evaluation.generation import CaseGenerator
+from sphere.evaluation.scored_facts import ScoredFacts, check_scored_facts
 from sphere.evaluation.scoring import Case, RecordScorer, compare_predictions, count_prompts
 from sphere.evaluation.state_metrics import StateMetrics
 from sphere.evaluation.states import RunStates, State
@@ -66,6 +67,7 @@ def evaluate_run(
     exact_match_facts: int = 0,
     answers: AnswerOptions | None = None,
     only: Sequence[int] | None = None,
+    scored_facts: int = 0,
     data_dir: str | Path = "data",
     dataset: Sequence[Record] | None = None,
     ds_name: str | None = None,
@@ -89,6 +91,7 @@ def evaluate_run(
         exact_match_facts: generate greedy text after the rewrite prompts of so many cases, from the first.
         answers: which facts the model is asked about, as a user asks it (`sphere.evaluation.generated_answers`).
         only: numbers of edits of the checkpoints to be scored (default: all); the unedited model always is.
+        scored_facts: score at most so many of the facts edited so far (`ScoredFacts`); 0: all.
         data_dir: where the reference texts of generation are, or are downloaded to.
         dataset: all records at hand, from which reference texts are built where none are published (default:
             `records`).
@@ -103,9 +106,12 @@ def evaluate_run(
         The content of summary.json: see `_summary` and docs/formats/summary.md.
 
     Raises:
-        SphereError: no checkpoints, checkpoints of another model, or a dataset without the facts that were edited.
+        SphereError: no checkpoints, checkpoints of another model, a dataset without the facts that were edited, or
+            text asked for of a sample of the facts.
     """
     folder, processes, passes = Path(folder), processes or Processes(), passes or PassOptions()
+    text = generation_interval > 0 or exact_match_facts or (answers and answers.facts)
+    check_scored_facts(scored_facts, bool(text))
     list_checkpoints(folder)  # a wrong folder is reported before anything is locked
     with processes.together(), locked(folder, processes):
         edited = edited_records(
@@ -130,12 +136,14 @@ def evaluate_run(
         asked = GeneratedAnswers(model, tokenizer, edited, answers or AnswerOptions(), passes, turn)
         makers, own = (generator, greedy, asked), folder / FOLDER
         shared = Path(unedited_dir) if unedited_dir else None
-        scoring = _Scoring(scorer, makers, edited, own, shared, progress, processes)
+        facts = ScoredFacts(edited, scored_facts, seed)
+        scoring = _Scoring(scorer, makers, own, shared, progress, processes)
         metrics = StateMetrics(scorer.scorer, tokenizer, states, own, folder, processes)
         with states.temporarily(passes.offload_device), closing(asked):
-            rows = _rows(scoring, metrics, states, seed)
+            rows = _rows(scoring, facts, metrics, states, seed)
         summary = _summary(model, folder, states, makers, rows, ds_name)
         summary["notes"] |= notes or {}
+        summary["scored_facts"] = scored_facts
         processes.on_main(lambda: write_json(own / SUMMARY_NAME, summary))
     return summary
 
@@ -152,7 +160,7 @@ def _summary(
 
     Returns:
         {"folder", "model", "dtype", "dataset", "seed", "generation_interval", "exact_match_facts", "generated_facts",
-        "judge", "units", "notes" (in
+        "scored_facts", "judge", "units", "notes" (in
         words: what could not be verified of the model, which cases are generated, and where the texts they are compared
         with come from),
         "run" (its configuration), "checkpoints": one row each, the unedited model first: {"label", "checkpoint" (file
@@ -223,14 +231,17 @@ def edited_records(
     return found
 
 
-def _rows(scoring: _Scoring, metrics: StateMetrics, states: RunStates, seed: int) -> list[dict[str, Any]]:
+def _rows(
+    scoring: _Scoring, facts: ScoredFacts, metrics: StateMetrics, states: RunStates, seed: int
+) -> list[dict[str, Any]]:
     """The summary's rows: the unedited model, then each checkpoint; the model is left with the last one's weights."""
     rows: list[dict[str, Any]] = []
-    unedited: list[Case] = []
+    unedited: dict[int, Case] = {}  # by case_id
+    counts = [checkpoint.n_edits for checkpoint in states.checkpoints]
     for state in states:
-        cases = scoring.cases(state)
-        unedited = unedited or cases
-        compare_predictions(cases, unedited)
+        cases = scoring.cases(state, facts.of(state.n_edits) if state.checkpoint else facts.of_any(counts))
+        unedited = unedited or {case["case_id"]: case for case in cases}
+        compare_predictions(cases, list(unedited.values()))
         rows.append(
             {
                 "label": state.label if state.checkpoint else "unedited",
@@ -238,7 +249,7 @@ def _rows(scoring: _Scoring, metrics: StateMetrics, states: RunStates, seed: int
                 "n_edits": state.n_edits,
                 "metrics": summarise(cases, seed),
                 "retention": retention(cases, seed),
-                "unedited": summarise(unedited[: len(cases)], seed),
+                "unedited": summarise([unedited[case["case_id"]] for case in cases], seed),
                 **metrics.measure(state),
             }
         )
@@ -262,19 +273,16 @@ class _Scoring:
         self,
         scorer: RecordScorer,
         makers: Sequence[_TextMaker],
-        records: Sequence[Record],
         folder: Path,
         unedited_dir: Path | None,
         progress: bool,
         processes: Processes,
     ) -> None:
-        self.scorer, self.makers, self.records, self.folder = scorer, makers, records, folder
-        self.unedited_dir = unedited_dir
+        self.scorer, self.makers, self.folder, self.unedited_dir = scorer, makers, folder, unedited_dir
         self.progress, self.processes = progress and processes.main, processes
 
-    def cases(self, state: State) -> list[Case]:
+    def cases(self, state: State, records: Sequence[Record]) -> list[Case]:
         """Cases of the model as it stands: those on disk, and the others, scored and put there."""
-        records = self.records[: state.n_edits or None]
         name = state.checkpoint.path.name if state.checkpoint else "unedited"
         header = {"format": CASES_FORMAT, **state.key}
         if self.scorer.user_turn != BARE:

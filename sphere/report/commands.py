@@ -33,6 +33,7 @@ def score_command(run: RunData) -> str:
         "generation_test_interval": summary.get("generation_interval") or None,
         "exact_match_facts": summary.get("exact_match_facts") or None,
         "generated_facts": summary.get("generated_facts") or None,
+        "scored_facts": summary.get("scored_facts") or None,
         "judge": summary.get("judge"),
         "seed": summary.get("seed") or None,
     }

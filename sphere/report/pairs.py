@@ -117,7 +117,7 @@ def scored_cases(run: RunData, n_edits: int) -> list[Case]:
     """The cases of a checkpoint, [] where not all of them are there; text counts where the summary counts it."""
     folder, summary = run.folder / FOLDER, run.summary or {}
     cases = read_cases(folder / f"cases_edit_{n_edits}.jsonl")
-    if len(cases) != n_edits:
+    if len(cases) != min(n_edits, summary.get("scored_facts") or n_edits):
         return []
     unedited = read_cases(folder / "cases_edit_0.jsonl")
     if {case["case_id"] for case in cases} <= {case["case_id"] for case in unedited}:

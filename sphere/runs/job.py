@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sphere.evaluation.scored_facts import check_scored_facts
 from sphere.hparams import read_content
 from sphere.runs.config import RunConfig
 from sphere.runs.hparams import hparams_source
@@ -27,12 +28,18 @@ class Job:
         generation_interval: generate text for every so-many-th case; 0: never.
         exact_match_facts: generate greedy text of so many facts, from the first; 0: none.
         generated_facts: ask about so many facts as a user does, from the first; 0: about none.
+        scored_facts: score at most so many of the facts edited so far, drawn by the seed; 0: all.
     """
 
     config: RunConfig
     generation_interval: int = 0
     exact_match_facts: int = 0
     generated_facts: int = 0
+    scored_facts: int = 0
+
+    def __post_init__(self) -> None:
+        text = self.generation_interval > 0 or self.exact_match_facts or self.generated_facts
+        check_scored_facts(self.scored_facts, bool(text))
 
     @property
     def run_config(self) -> RunConfig:

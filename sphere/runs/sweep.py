@@ -136,6 +136,7 @@ def _run(job: Job) -> None:
         generation_interval=job.generation_interval,
         exact_match_facts=job.exact_match_facts,
         answers=AnswerOptions(job.generated_facts),
+        scored_facts=job.scored_facts,
         data_dir=config.data_dir,
         dataset=load_records(config.ds_name, config.data_dir) if published else None,
         notes=run.notes,
