@@ -9,7 +9,7 @@ method, model and batch size, and scales it for the others. Knows jobs and plans
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sphere.runs.facts_file import own_facts, records_of
 from sphere.runs.folder import JOB_NAME
 from sphere.runs.job import Job
 from sphere.runs.memory import DEVICE, DISK
+from sphere.runs.operation_counter import Counted
 from sphere.runs.plan import measure_rates, plan_run
 from sphere.runs.sweep import finished_before
 
@@ -68,13 +69,14 @@ class Cost:
 def expect(jobs: Iterable[Job]) -> list[Expected]:
     """What is to be expected of jobs, and how far each is."""
     expected, rates, known = [], _Rates(), dict[RunConfig, Cost]()
+    counted: dict[Hashable, Counted] = {}
     for job in jobs:
         finished = finished_before(job)
         try:
             n_edits = len(records_of(job.config, own_facts(job.config)))
             alike = replace(job.config, output_dir="", seed=0, shuffle=False, dataset_size_limit=n_edits)
             if alike not in known:
-                known[alike] = _cost(alike, rates)
+                known[alike] = _cost(alike, rates, counted)
             cost = known[alike]
         except SphereError as error:  # the job will say so itself
             log.warning("%s: %s", job.folder, error)
@@ -106,9 +108,9 @@ class _Rates:
         return self._known[device, dtype]
 
 
-def _cost(config: RunConfig, rates: _Rates) -> Cost:
+def _cost(config: RunConfig, rates: _Rates, counted: dict[Hashable, Counted]) -> Cost:
     """By the plan; no time where the device is not here, or where the plan does not count all of a batch."""
-    plan = plan_run(config)
+    plan = plan_run(config, counted)
     memory, disk = plan.peak(DEVICE)[1], plan.peak(DISK)[1]
     try:
         device = str(resolve_device(config.device))

@@ -8,7 +8,7 @@ docs/memory.md explains every line, and says how close the plan was where it was
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,11 +105,12 @@ class Plan:
         }
 
 
-def plan_run(config: RunConfig) -> Plan:
+def plan_run(config: RunConfig, known: dict[Hashable, Counted] | None = None) -> Plan:
     """The plan of a run.
 
     Args:
         config: `dataset_size_limit` is taken as the number of edits (None: one batch).
+        known: what was counted of models for other plans; what is counted for this one is added.
 
     Raises:
         SphereError: hyperparameters or a model configuration that no run can be made of.
@@ -133,7 +134,12 @@ def plan_run(config: RunConfig) -> Plan:
     )
     optimised = isinstance(hparams, TargetHParams)
     first = max(hparams.layers) + 1 if optimised else min(hparams.layers)
-    shape = ModelShape.of(stack, count(stack, first, getattr(hparams, "v_loss_layer", stack.n_layers - 1)))
+    last = getattr(hparams, "v_loss_layer", stack.n_layers - 1)
+    known = {} if known is None else known
+    part = (config.model_name, model.dtype, device, hparams.layer_module_tmp, first, last)
+    if part not in known:
+        known[part] = count(stack, first, last)
+    shape = ModelShape.of(stack, known[part])
     most = GRADIENT_TOKENS.get(device, GRADIENT_TOKENS["cpu"])
     items = [
         *_weights(model, sizes, sphere and alpha_of(config) == AUTO),
