@@ -23,7 +23,7 @@ from sphere.tuning.search_space import SearchSpace
 
 STUDY = "sphere"
 N_STARTUP = 5  # trials before the estimator takes over from random ones
-N_UNPRUNED = 4  # finished trials before one is stopped early
+N_UNPRUNED = 2  # finished trials before one is stopped early: the start and another
 INSTALL = "optuna"
 
 
