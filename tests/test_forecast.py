@@ -14,6 +14,7 @@ from sphere.commands import sweep
 from sphere.commands.sweep_job import jobs_of
 from sphere.runs.forecast import Expected, duration, expect, progress_line, remaining, write_forecast
 from sphere.runs.job import Job
+from sphere.runs.operation_counter import count
 from sphere.runs.plan import measure_rates, plan_run
 from sphere.runs.sweep import run_job
 
@@ -106,3 +107,24 @@ def test_a_dry_run_lists_the_jobs_and_leaves_nothing(tmp_path, tiny_tokenizer, m
         r"A job holds up to 0\.\d\d GiB of memory at a time, all files together 0\.\d\d GiB\.", out
     )
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_model_is_counted_once(tmp_path, tiny_tokenizer, monkeypatch) -> None:
+    world = TinyRun(tmp_path, tiny_tokenizer, n_records=8)
+    jobs = [
+        Job(world.config("sweep", alg_name=name, beta_hse=beta, num_edits=2))
+        for name in ("MEMIT", "AlphaEdit")
+        for beta in (0, 0.5)
+    ]
+    alone = [plan_run(job.config) for job in jobs]
+    known: dict[Any, Any] = {}
+    assert [plan_run(job.config, known) for job in jobs] == alone
+    calls: list[int] = []
+
+    def counting(stack: Any, first: int, last: int) -> Any:
+        calls.append(first)
+        return count(stack, first, last)
+
+    monkeypatch.setattr("sphere.runs.plan.count", counting)
+    assert all(job.seconds for job in expect(jobs))
+    assert len(calls) == 1
