@@ -200,7 +200,7 @@ def answer_options(arguments: argparse.Namespace) -> AnswerOptions:
     """
     from sphere.evaluation.answer_metrics import AnswerOptions
 
-    facts = 0 if arguments.skip_generation_tests else max(arguments.generated_facts, 0)
+    facts = generated_facts(arguments)
     if arguments.judge is not None and not facts:
         raise SphereError(
             "A judge is given, but no answers are generated: give a number of facts.",
@@ -211,6 +211,11 @@ def answer_options(arguments: argparse.Namespace) -> AnswerOptions:
             f"The judge's time is {arguments.judge_seconds:g} s: give more than 0.", argument="judge_seconds"
         )
     return AnswerOptions(facts, arguments.judge, arguments.judge_seconds)
+
+
+def generated_facts(arguments: argparse.Namespace) -> int:
+    """About how many facts the model is asked; 0: about none."""
+    return 0 if arguments.skip_generation_tests else max(arguments.generated_facts, 0)
 
 
 def exact_match_facts(arguments: argparse.Namespace) -> int:
@@ -226,11 +231,8 @@ def scored_facts(arguments: argparse.Namespace) -> int:
     """
     from sphere.evaluation.scored_facts import check_scored_facts
 
-    facts = 0 if arguments.skip_generation_tests else max(arguments.generated_facts, 0)
-    check_scored_facts(
-        arguments.scored_facts,
-        bool(facts or exact_match_facts(arguments) or generation_interval(arguments)),
-    )
+    asked = (generated_facts(arguments), exact_match_facts(arguments), generation_interval(arguments))
+    check_scored_facts(arguments.scored_facts, any(asked))
     return int(arguments.scored_facts)
 
 

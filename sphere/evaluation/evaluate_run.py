@@ -141,9 +141,8 @@ def evaluate_run(
         metrics = StateMetrics(scorer.scorer, tokenizer, states, own, folder, processes)
         with states.temporarily(passes.offload_device), closing(asked):
             rows = _rows(scoring, facts, metrics, states, seed)
-        summary = _summary(model, folder, states, makers, rows, ds_name)
+        summary = _summary(model, folder, states, makers, facts, rows, ds_name)
         summary["notes"] |= notes or {}
-        summary["scored_facts"] = scored_facts
         processes.on_main(lambda: write_json(own / SUMMARY_NAME, summary))
     return summary
 
@@ -153,6 +152,7 @@ def _summary(
     folder: Path,
     states: RunStates,
     makers: tuple[CaseGenerator, ExactMatch, GeneratedAnswers],
+    facts: ScoredFacts,
     rows: Sequence[Mapping[str, Any]],
     ds_name: str | None,
 ) -> dict[str, Any]:
@@ -177,6 +177,7 @@ def _summary(
         "generation_interval": generator.interval,
         "exact_match_facts": greedy.count,
         "generated_facts": asked.options.facts,
+        "scored_facts": facts.limit,
         "judge": asked.options.judge,
         "units": UNITS,
         "notes": ({"model": states.note} if states.note else {})
