@@ -47,6 +47,6 @@ def default_model(device: torch.device) -> tuple[Any, Any, HParams]:
     return *load_model(DEFAULT_MODEL, device=str(device)), hparams_of(DEFAULT_MODEL)
 
 
-def hparams_of(label: str) -> HParams:
-    """AlphaEdit's hyperparameters for a model of this name."""
-    return load_hparams(HPARAMS / METHOD / f"{label}.json", get_method(METHOD).hparams_class)
+def hparams_of(label: str, method: str = METHOD) -> Any:
+    """A method's shipped hyperparameters for a model of this name."""
+    return load_hparams(HPARAMS / method / f"{label}.json", get_method(method).hparams_class)

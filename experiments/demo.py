@@ -28,9 +28,8 @@ SETTINGS = (
     f"num_edits={PER_BATCH}",
     "checkpoints='60,120'",
     "log_energy_every=4",
-    "hydra/launcher=joblib",  # both runs at a time, each on half of the cores
-    "hydra.launcher.n_jobs=2",
 )
+LAUNCHER = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")  # both runs at a time, each on half of the cores
 CAPTION = (
     "A stress setting, in which MEMIT breaks within a hundred facts: without SPHERE it forgets what it wrote and "
     "the energy of its weights runs off, with SPHERE later. At the shipped settings the same happens within a thousand "
@@ -47,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     from sphere.commands.sweep import main as sweep
     from sphere.commands.sweep_job import own_settings
 
-    words = [*SETTINGS, *overrides]
+    chosen = any(word.startswith("hydra/launcher=") for word in overrides)
+    words = [*SETTINGS, *(() if chosen else LAUNCHER), *overrides]
     code = sweep(words)
     folder = Path(own_settings(words).sweep_dir)
     if (folder / "report").exists():

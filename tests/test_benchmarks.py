@@ -5,13 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import GPT2_MODULES, LLAMA_MODULES, REQUESTS, tiny_gpt2, tiny_hparams, tiny_llama
 from tiny_run import records
 
-from benchmarks import alphaedit_solve, end_to_end, growth, memit_solve, principal_directions, stages
+from benchmarks import (
+    alphaedit_solve,
+    editing_methods,
+    end_to_end,
+    growth,
+    memit_solve,
+    principal_directions,
+    stages,
+)
 from benchmarks.__main__ import write_section
 from benchmarks.common import (
     Comparison,
@@ -224,3 +233,42 @@ def test_end_to_end_writes_a_section_that_stays(tiny_tokenizer, tmp_path, monkey
     text = results.read_text("utf-8")
     assert text.index("## CPU\n\nthe others") < text.index("## End to end (CPU)\n\nAlphaEdit with SPHERE")
     assert str(tmp_path) not in text
+
+
+# ---- methods side by side ----
+
+
+def test_methods_take_turns_each_on_weights_of_its_own(tiny_tokenizer, tmp_path):
+    """Each ends where it ends alone, and the model is left as it was."""
+
+    def editor(l2: float, model: Any) -> Editor:
+        hparams = dataclasses.replace(with_a_null_space(LLAMA_MODULES), L2=l2)
+        return Editor(
+            model,
+            tiny_tokenizer,
+            "AlphaEdit",
+            hparams,
+            context_templates=(("{}",),),
+            stats_dir=tmp_path,
+            progress=False,
+        )
+
+    model, batches, strengths = tiny_llama(), (REQUESTS[:2], REQUESTS[2:]), (1.0, 100.0)
+    contenders = [editing_methods.Contender(editor(l2, model), CPU) for l2 in strengths]
+    for batch in batches:
+        for contender in contenders:
+            contender.take(batch)
+    assert [len(contender.seconds) for contender in contenders] == [2, 2]
+    for contender, l2 in zip(contenders, strengths, strict=True):
+        alone = editor(l2, tiny_llama())
+        for name, tensor in alone.weights.snapshot().items():
+            assert torch.equal(tensor, contender.editor.weights.snapshot()[name])
+        for batch in batches:
+            alone.edit(batch)
+        for name, tensor in alone.weights.snapshot().items():
+            assert torch.equal(tensor, contender.edited[name])
+
+
+def test_methods_side_by_side_are_at_least_two():
+    with pytest.raises(SphereError, match="--methods"):
+        editing_methods.main(["--methods", "MEMIT", "MEMIT"])

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from tiny_run import TinyRun
 
 import sphere.values.layer_stats
+from experiments import demo
 from experiments import sweep as command
 from sphere.commands.sweep_job import job_of
 from sphere.errors import SphereError
@@ -250,6 +251,17 @@ def test_a_bad_setting_is_named(word, monkeypatch, capsys, tmp_path):
         command.main([f"sweep_dir={tmp_path}", word])
     assert stopped.value.code == 1
     assert word.split("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "basic", "submitit_local"])
+def test_the_demo_takes_another_launcher(launcher, tmp_path, monkeypatch, capsys):
+    """The number of jobs is a setting of the demo's own launcher."""
+    found = []
+    monkeypatch.setattr("sphere.commands.sweep.main", lambda words: found.append(words) or 0)
+    given = [] if launcher == "joblib" else [f"hydra/launcher={launcher}"]
+    assert demo.main([*given, f"sweep_dir={tmp_path}"]) == 0
+    of_launcher = [word for word in found[0] if "launcher" in word]
+    assert of_launcher == (given or ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])
 
 
 def test_jobs_side_by_side_compute_second_moments_once(tmp_path, tiny_tokenizer, monkeypatch):
