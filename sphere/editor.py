@@ -225,8 +225,7 @@ class Editor:
                 change = now - self.weights.canonical(name, before[name]).to(now)
                 metrics["delta_norm"] = float(change.norm())
                 metrics.update(self.method.delivered().get(name, {}))
-            top = self.edited.weight_name(max(self.edited.hparams.layers))
-            warnings += check_delivery(layers.get(top, {}), requests)
+            warnings += check_delivery(layers, requests)
             seconds = time.perf_counter() - start
             if measure:
                 self._measure(measure, layers, before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from benchmarks.plain import module_residual as plain
 from sphere import Editor, EditRequest
 from sphere.forward.layers import LayerStack
 from sphere.forward.remaining import adds_as_is
+from sphere.methods.delivery import check_delivery
 from sphere.values.compute_ks import ActivationsPass
 from sphere.values.compute_z import TargetValues
 from sphere.values.module_residual import module_residual
@@ -261,6 +263,42 @@ def test_a_batch_that_falls_short_of_z_is_warned_of(
         assert bool(short) == bool(changes)
         assert [r.message for r in caplog.records if "distance to z" in r.message] == short
         assert (top["z_distance"] > 0.9) == (top["residual_delivered"] < 0.1) == bool(changes)
+
+
+@pytest.mark.parametrize(
+    ("distances", "told"),
+    [
+        ((0.92, 0.7, 0.1), None),
+        ((1.04, 0.98, 0.1), None),  # no further than a later layer's noise
+        ((1.16, 1.14, 0.32), "after the update of w0, w1 than before the batch (up to 1.16"),
+        ((1.16, 1.14, 0.6), "hardly moved towards"),
+        ((0.9, 1.2), "went further away from"),
+        ((0.9, math.nan), "went further away from"),
+        ((None, None), None),
+        ((), None),
+    ],
+)
+def test_what_is_said_of_the_distances_to_z(
+    distances: tuple[float | None, ...], told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = check_delivery({f"w{i}": {"z_distance": d} for i, d in enumerate(distances)}, REQUESTS)
+    assert [record.message for record in caplog.records] == found
+    assert len(found) == (told is not None)
+    assert told is None or told in found[0]
+
+
+def test_layers_that_lead_away_from_z_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A first update that is written the wrong way round; the layers after it make up for it."""
+    editor = tiny_editor(model_of(LLAMA, 0), "AlphaEdit", tiny_hparams("AlphaEdit", "Llama3-8B"), tmp_path)
+    first = editor.edited.weight_name(min(editor.edited.hparams.layers))
+    updates = editor.method.updates
+    editor.method.updates = lambda requests: (  # type: ignore[method-assign]
+        (name, -3 * delta if name == first else delta) for name, delta in updates(requests)
+    )
+    report = editor.edit(REQUESTS)
+    assert report.layers[first]["z_distance"] > 1.05
+    (sentence,) = report.warnings
+    assert f"after the update of {first} than before" in sentence
 
 
 @pytest.mark.parametrize("method", ["AlphaEdit", "MEMIT", "ROME"])

@@ -7,7 +7,6 @@ of a batch are alike, a norm lets only so much through. Silence about that would
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +19,8 @@ log = logging.getLogger(__name__)
 
 Delivery = dict[str, float | None]
 DISTANCE, DELIVERED = "z_distance", "residual_delivered"
-# Further from z than this, relative to the way there, a batch is warned of.
-LARGEST_DISTANCE = 0.5
+# Further from z than this, relative to the way there, a batch is warned of: at its end, and after a layer before.
+LARGEST_DISTANCE, LARGEST_ON_THE_WAY = 0.5, 1.05
 
 
 def delivery(
@@ -49,22 +48,37 @@ def delivery(
     return {DISTANCE: _norms(targets - after) / way, DELIVERED: float(delivered)}
 
 
-def check_delivery(metrics: Mapping[str, Any], requests: Sequence[EditRequest]) -> list[str]:
-    """Report (and log) that a batch's last update leaves the outputs too far from z; returns the sentences.
+def check_delivery(layers: Mapping[str, Mapping[str, Any]], requests: Sequence[EditRequest]) -> list[str]:
+    """Report (and log) that a batch's updates leave the outputs too far from z, or took them away from it on the way.
 
     Args:
-        metrics: of the z layer's weight.
+        layers: metrics of each weight, in the order of writing.
+
+    Returns:
+        The sentences.
     """
-    distance = metrics.get(DISTANCE)
-    if distance is None or distance <= LARGEST_DISTANCE:
+    distances = {
+        name: metrics[DISTANCE] for name, metrics in layers.items() if metrics.get(DISTANCE) is not None
+    }
+    if not distances:
         return []
-    told = "went further away from" if distance > 1 or math.isnan(distance) else "hardly moved towards"
-    cases = f"cases {requests[0].case_id} to {requests[-1].case_id}"
-    warning = (
-        f"The outputs of the batch of {cases} {told} their target values: {distance:.2f} of the distance to z is left "
-        "after the update, so the targets will hardly be likelier; see residual_delivered of each layer in "
-        "batches.jsonl, and try a smaller L2 or mom2_update_weight, or a weaker rule."
-    )
+    last, cases = [*distances.values()][-1], f"cases {requests[0].case_id} to {requests[-1].case_id}"
+    astray = {name: distance for name, distance in distances.items() if distance > LARGEST_ON_THE_WAY}
+    if not last <= LARGEST_DISTANCE:  # which holds for nan, too
+        told = "hardly moved towards" if last <= 1 else "went further away from"
+        warning = (
+            f"The outputs of the batch of {cases} {told} their target values: {last:.2f} of the distance to z is left "
+            "after the update, so the targets will hardly be likelier; see residual_delivered of each layer in "
+            "batches.jsonl, and try a smaller L2 or mom2_update_weight, or a weaker rule."
+        )
+    elif astray:
+        warning = (
+            f"The outputs of the batch of {cases} were further from their target values after the update of "
+            f"{', '.join(astray)} than before the batch (up to {max(astray.values()):.2f} of the distance to z): what "
+            "such layers write disturbs more than it helps; leave the lowest of `layers` out of the hyperparameters."
+        )
+    else:
+        return []
     log.warning("%s", warning)
     return [warning]
 
