@@ -269,7 +269,7 @@ def test_a_batch_that_falls_short_of_z_is_warned_of(
     ("distances", "told"),
     [
         ((0.92, 0.7, 0.1), None),
-        ((1.04, 0.98, 0.1), None),  # no further than a later layer's noise
+        ((1.09, 0.98, 0.1), None),  # within what varies from batch to batch
         ((1.16, 1.14, 0.32), "after the update of w0, w1 than before the batch (up to 1.16"),
         ((1.16, 1.14, 0.6), "hardly moved towards"),
         ((0.9, 1.2), "went further away from"),
@@ -296,7 +296,7 @@ def test_layers_that_lead_away_from_z_are_named(tmp_path: Path, caplog: pytest.L
         (name, -3 * delta if name == first else delta) for name, delta in updates(requests)
     )
     report = editor.edit(REQUESTS)
-    assert report.layers[first]["z_distance"] > 1.05
+    assert report.layers[first]["z_distance"] > 1.1
     (sentence,) = report.warnings
     assert f"after the update of {first} than before" in sentence
 

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 Delivery = dict[str, float | None]
 DISTANCE, DELIVERED = "z_distance", "residual_delivered"
 # Further from z than this, relative to the way there, a batch is warned of: at its end, and after a layer before.
-LARGEST_DISTANCE, LARGEST_ON_THE_WAY = 0.5, 1.05
+LARGEST_DISTANCE, LARGEST_ON_THE_WAY = 0.5, 1.1
 
 
 def delivery(
