@@ -29,10 +29,8 @@ SETTINGS = (
     "checkpoints='60,120'",
     "log_energy_every=4",
 )
-LAUNCHER = (
-    "hydra/launcher=joblib",
-    "hydra.launcher.n_jobs=2",
-)  # both runs at a time, each on half of the cores
+# Both runs at a time, each on half of the cores.
+LAUNCHER = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 CAPTION = (
     "A stress setting, in which MEMIT breaks within a hundred facts: without SPHERE it forgets what it wrote and "
     "the energy of its weights runs off, with SPHERE later. At the shipped settings the same happens within a thousand "
