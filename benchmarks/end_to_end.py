@@ -33,7 +33,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,14 +40,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import benchmarks.plain.editing as plain_editing
-from benchmarks.__main__ import kind_of, section, write_section
-from benchmarks.common import Comparison, benchmark_parser, device_of, finish, relative, time_of
+from benchmarks.common import Comparison, device_of, finish, relative, time_of
+from benchmarks.editing_runs import batches_of, command_of, editing_parser, write_rows
 from benchmarks.models import METHOD, default_model
 from benchmarks.plain import projection as plain_projection
 from benchmarks.plain import solves as plain_solves
 from benchmarks.stages import Place, StageClock, timed
-from sphere.commands.common import DATA_FLAGS, add_settings, positive_int, run_cli
-from sphere.data.records import Record, load_records
+from sphere.commands.common import positive_int, run_cli
+from sphere.data.records import Record
 from sphere.editor import Editor
 from sphere.evaluation.scoring import RecordScorer
 from sphere.evaluation.summary import SCORES, summarise
@@ -287,8 +286,7 @@ def sizes_of(fast: Stack, plain: Stack, args: argparse.Namespace, steps: int) ->
 def measure(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Namespace) -> list[Comparison]:
     """All rows; the model is left with the weights of one of the stacks."""
     device = device_of(args)
-    records = load_records(args.ds_name, args.data_dir, args.dataset_size_limit)
-    batches = [records[i : i + args.num_edits] for i in range(0, len(records), args.num_edits)]
+    batches = batches_of(args)
     common = batches[: args.plain_batches]
     editors = make_editors(model, tokenizer, hparams, args)
     fasts, plain = [fast_stack(editor, device) for editor in editors], plain_stack(editors[0], device)
@@ -312,19 +310,7 @@ def measure(model: Any, tokenizer: Any, hparams: HParams, args: argparse.Namespa
 
 def parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = benchmark_parser(__doc__, turns=None)
-    add_settings(parser, DATA_FLAGS, dataset_size_limit={"default": 100})
-    parser.add_argument(
-        "--n",
-        dest="dataset_size_limit",
-        type=positive_int,
-        default=argparse.SUPPRESS,
-        help="short for --dataset_size_limit: edits in all",
-    )
-    parser.add_argument("--num_edits", type=positive_int, default=20, help="edits per batch")
-    parser.add_argument(
-        "--steps", type=positive_int, default=None, help="v_num_grad_steps (default: as in editing)"
-    )
+    parser = editing_parser(__doc__, n=100)
     parser.add_argument(
         "--plain_batches",
         type=positive_int,
@@ -339,39 +325,19 @@ def parser() -> argparse.ArgumentParser:
         default=["model"],
         help="types that the fast way multiplies in while z is sought, each a run of its own",
     )
-    parser.add_argument("--stats_dir", default="data/stats", help="where second moments are kept")
-    parser.add_argument(
-        "--output", type=Path, default=None, help="also write the rows into a section of this file"
-    )
     return parser
-
-
-def command_of(args: argparse.Namespace) -> str:
-    """The command that was run, without what names files and folders."""
-    flags = {
-        "device": args.device,
-        "ds_name": args.ds_name,
-        "n": args.dataset_size_limit,
-        "num_edits": args.num_edits,
-        "steps": args.steps,
-        "plain_batches": args.plain_batches,
-        "products": " ".join(args.products),
-    }
-    given = [f"--{name} {value}" for name, value in flags.items() if value is not None]
-    return " ".join(["python -m benchmarks.end_to_end", *given])
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, print and write; the exit code is 1 where the goal was missed."""
     args = parser().parse_args(argv)
-    device, begin = device_of(args), time.perf_counter()
-    model, tokenizer, hparams = default_model(device)
+    begin = time.perf_counter()
+    model, tokenizer, hparams = default_model(device_of(args))
     if args.steps:
         hparams = dataclasses.replace(hparams, v_num_grad_steps=args.steps)
     rows = measure(model, tokenizer, hparams, args)
-    if args.output:
-        body = section(command_of(args), device, rows, time.perf_counter() - begin)
-        write_section(args.output, f"End to end ({kind_of(device)})", f"{EXPLANATION}\n\n{body}")
+    command = command_of("end_to_end", args, ("plain_batches", "products"))
+    write_rows(args, "End to end", EXPLANATION, command, rows, time.perf_counter() - begin)
     return finish(rows, args)
 
 
