@@ -1,19 +1,24 @@
-"""Runs in processes of their own that are killed without warning."""
+"""Runs that end without warning: in processes of their own that are killed, or broken off where they stand."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
+import sphere.runs.run
 from sphere.runs.run import RunConfig, execute
 
 # Children are forked from a process that has imported everything and computed nothing.
@@ -80,3 +85,23 @@ def _die_at(fatal_step: int) -> None:
 def continuing(config: RunConfig, begun: bool) -> RunConfig:
     """The same run, to go on with where it has begun."""
     return replace(config, continue_from_run=begun)
+
+
+class Stopped(BaseException):
+    """Ends a run where it stands."""
+
+
+@contextmanager
+def stopped(monkeypatch: pytest.MonkeyPatch, batch: int) -> Iterator[None]:
+    """Break a run off when a batch (counted from 0) has been written into the model and is about to be logged."""
+    original = sphere.runs.run.append_line
+
+    def append_line(path: Path, line: str) -> None:
+        if json.loads(line)["batch"] == batch:
+            raise Stopped
+        original(path, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sphere.runs.run, "append_line", append_line)
+        with pytest.raises(Stopped):
+            yield

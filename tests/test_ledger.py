@@ -17,7 +17,6 @@ from conftest import LLAMA_MODULES, REQUESTS, tiny_hparams, tiny_llama
 from tiny_run import TinyRun, command, contents
 from transformers import PreTrainedTokenizerBase
 
-import sphere.runs.run
 from sphere import Editor
 from sphere.checkpoints import list_checkpoints, read_weights, undone_in
 from sphere.commands.main import main
@@ -216,20 +215,8 @@ def test_half_precision_is_added_up_in_single(tiny: TinyRun) -> None:
 def test_a_continued_run_goes_on_without_what_is_undone(tiny: TinyRun, monkeypatch) -> None:
     """A run that was stopped after two batches, of which one is undone: its third batch is added to the others."""
     config = tiny.config("stopped", dataset_size_limit=N, checkpoints="ends")
-    original = sphere.runs.run.append_line
-
-    class Stopped(BaseException):
-        pass
-
-    def append_line(path: Path, line: str) -> None:
-        if json.loads(line)["batch"] == 2:
-            raise Stopped
-        original(path, line)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sphere.runs.run, "append_line", append_line)
-        with pytest.raises(Stopped):
-            execute(config)
+    with killed.stopped(monkeypatch, 2):
+        execute(config)
     folder = next(path.parent for path in Path(config.output_dir).rglob("run.json"))
     (folder / f"edit_{N}.safetensors").unlink()  # written before the line
     assert [entry.n_edits for entry in read_entries(folder)] == [

@@ -5,16 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_resume import Stopped
+from killed import Stopped, stopped
 from tiny_run import TinyRun, command, contents, records
 from transformers import PreTrainedTokenizerBase
 
-import sphere.runs.run
 from sphere.checkpoints import read_config, read_weights
 from sphere.commands.main import main
 from sphere.errors import SphereError
@@ -73,22 +70,6 @@ def first(tiny: TinyRun) -> Path:
 def run(first: Path, tmp_path: Path) -> Path:
     """A run of the first facts."""
     return Path(shutil.copytree(first, tmp_path / "run"))
-
-
-@contextmanager
-def stopped(monkeypatch: pytest.MonkeyPatch, batch: int) -> Iterator[None]:
-    """Break a run off when a batch (counted from 0) is about to be logged."""
-    original = sphere.runs.run.append_line
-
-    def append_line(path: Path, line: str) -> None:
-        if json.loads(line)["batch"] == batch:
-            raise Stopped
-        original(path, line)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sphere.runs.run, "append_line", append_line)
-        with pytest.raises(Stopped):
-            yield
 
 
 def check_same(folder: Path, whole: Path) -> None:

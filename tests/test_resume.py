@@ -17,7 +17,6 @@ from tiny_run import LABEL, METHODS, TinyRun, contents
 from transformers import PreTrainedTokenizerBase
 
 import sphere.checkpoints
-import sphere.runs.run
 from sphere.baselines.mend.networks import MendEditor
 from sphere.checkpoints import read_resume, write_resume
 from sphere.errors import SphereError
@@ -108,23 +107,10 @@ def test_killed_before_every_step_to_the_disk(tiny: TinyRun) -> None:
     check_same(folder, folder_of(reference), 6)
 
 
-class Stopped(BaseException):
-    """Ends a run where it stands."""
-
-
 def stop(config: RunConfig, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break a run off when a batch (counted from 0) has been written into the model and is about to be logged."""
-    original = sphere.runs.run.append_line
-
-    def append_line(path: Path, line: str) -> None:
-        if json.loads(line)["batch"] == batch:
-            raise Stopped
-        original(path, line)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sphere.runs.run, "append_line", append_line)
-        with pytest.raises(Stopped):
-            execute(config)
+    """Run until a batch (counted from 0) is about to be logged."""
+    with killed.stopped(monkeypatch, batch):
+        execute(config)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -309,7 +295,7 @@ def test_the_disk_holds_two_resume_points_at_most(tmp_path: Path, monkeypatch: p
         original(tensors, path, **options)
         most = max(most, sum(path.stat().st_size for path in tmp_path.iterdir()))
         if dies and "weight" in tensors:
-            raise Stopped
+            raise killed.Stopped
 
     monkeypatch.setattr(sphere.checkpoints, "save_file", save_file)
     for n in range(1, 6):
@@ -319,7 +305,7 @@ def test_the_disk_holds_two_resume_points_at_most(tmp_path: Path, monkeypatch: p
             {"n_edits": n},
         )
         dies = True
-        with pytest.raises(Stopped):
+        with pytest.raises(killed.Stopped):
             write_resume(tmp_path, *point)
         dies = False
         size = write_resume(tmp_path, *point)

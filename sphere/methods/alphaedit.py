@@ -10,10 +10,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from sphere.errors import SphereError
-from sphere.factors import Factors
 from sphere.forward.device_memory import has_room
 from sphere.hparams import HParams
-from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
+from sphere.methods.base import TARGET_NUMBERS, Update
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.layerwise import SequentialMethod, Solved
 from sphere.methods.null_space import Projector, decomposition_bytes, null_space_projector
@@ -21,7 +20,6 @@ from sphere.methods.sequential_solve import Apply
 from sphere.methods.services import Services
 from sphere.requests import EditRequest
 from sphere.values.compute_ks import ActivationsPass
-from sphere.values.module_residual import module_residual
 
 log = logging.getLogger(__name__)
 
@@ -86,13 +84,7 @@ class AlphaEdit(SequentialMethod):
         self, activations: ActivationsPass, bare: ActivationsPass, targets: Tensor
     ) -> Iterator[Solved]:
         """Delta (out x in) of one layer after the other towards Z (out x n), each to be written before the next."""
-        layers = self.hparams.layers
-        for index, layer in enumerate(layers):
+        for layer in self.hparams.layers:
             keys = activations.compute_ks(layer)  # K: in x n
-            residual = spread_residual(
-                targets, activations.outputs(max(layers)), len(layers) - index
-            )  # R: out x n
-            x = self.solve(layer, keys)  # in x n
-            r = module_residual(bare, layer, residual).to(x)  # out x n
-            yield Solved(layer, r @ x.T, residual, Factors(r, x))
+            yield self.solve_layer(layer, keys, self.residual(layer, activations, targets), bare)
             self.remember(layer, keys)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from sphere.factors import Factors
-from sphere.methods.base import TARGET_NUMBERS, Method, Update
+from sphere.methods.base import TARGET_NUMBERS, Method, Update, spread_residual
 from sphere.methods.delivery import Delivery, delivery
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.sequential_solve import Apply, SequentialSolve, keep_solves, load_solves, save_solves
 from sphere.methods.services import Services
 from sphere.requests import EditRequest
 from sphere.values.compute_ks import ActivationsPass
+from sphere.values.module_residual import module_residual
 from sphere.values.z_rescale import added, anchor_of, rescaled
 
 ANCHOR = "z_anchor"  # its name in a saved state
@@ -59,6 +60,11 @@ class LayerwiseMethod(Method):
         if self.anchor is None:
             self.anchor = anchor_of(values, v_0)
         return rescaled(values, v_0, self.anchor).T
+
+    def residual(self, layer: int, activations: ActivationsPass, targets: Tensor) -> Tensor:
+        """R (out x n): the part of what is missing to Z (out x n) that this layer, of those still left, shall write."""
+        layers = self.hparams.layers
+        return spread_residual(targets, activations.outputs(max(layers)), len(layers) - layers.index(layer))
 
     def deliver(self, solved: Iterable[Solved], bare: ActivationsPass, targets: Tensor) -> Iterator[Update]:
         """Yield the updates of increasing layers; once each is written, note what it did for Z (`delivered`).
@@ -111,6 +117,16 @@ class SequentialMethod(LayerwiseMethod):
             if layer not in self.solves:
                 apply_s, damping = self.preconditioner(layer)
                 self.solves[layer] = SequentialSolve(apply_s, damping, f"layer {layer}")
+
+    def solve_layer(self, layer: int, keys: Tensor, residual: Tensor, bare: ActivationsPass) -> Solved:
+        """Delta = R X^T (out x in) of a layer, from its keys K (in x n) and the residual R (out x n).
+
+        Args:
+            bare: the pass of the bare prompts, by which R becomes a change of what the edited module puts out.
+        """
+        x = self.solve(layer, keys)  # in x n
+        r = module_residual(bare, layer, residual).to(x)  # out x n
+        return Solved(layer, r @ x.T, residual, Factors(r, x))
 
     def solve(self, layer: int, keys: Tensor) -> Tensor:
         """X (in x n, float64, on the keys' device) for a layer's keys K (in x n), given the earlier ones."""

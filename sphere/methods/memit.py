@@ -7,14 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from sphere.factors import Factors
 from sphere.hparams import HParams
-from sphere.methods.base import TARGET_NUMBERS, Update, spread_residual
+from sphere.methods.base import TARGET_NUMBERS, Update
 from sphere.methods.layerwise import SequentialMethod, Solved
 from sphere.methods.sequential_solve import Apply, inverse_moment
 from sphere.requests import EditRequest
 from sphere.values.compute_ks import ActivationsPass
-from sphere.values.module_residual import module_residual
 
 
 class MEMIT(SequentialMethod):
@@ -44,20 +42,13 @@ class MEMIT(SequentialMethod):
         self, activations: ActivationsPass, bare: ActivationsPass, targets: Tensor
     ) -> list[Solved]:
         """Delta (out x in) of every layer towards Z (out x n), found on a temporarily edited model."""
-        layers, offload_device = self.hparams.layers, self.services.offload_device
-        weights, found = self.edited.weights, list[Solved]()
+        weights, offload_device, found = self.edited.weights, self.services.offload_device, list[Solved]()
         with weights.temporarily(offload_device):
-            for index, layer in enumerate(layers):
+            for layer in self.hparams.layers:
                 keys = activations.compute_ks(layer)  # K: in x n
-                residual = spread_residual(
-                    targets, activations.outputs(max(layers)), len(layers) - index
-                )  # R: out x n
-                x = self.solve(layer, keys)  # in x n
-                r = module_residual(bare, layer, residual).to(x)  # out x n
-                delta = r @ x.T
-                weights.add_(self.edited.weight_name(layer), delta)
-                kept = delta.to(offload_device or delta.device)
-                found.append(Solved(layer, kept, residual, Factors(r, x)))
+                solved = self.solve_layer(layer, keys, self.residual(layer, activations, targets), bare)
+                weights.add_(self.edited.weight_name(layer), solved.delta)
+                found.append(solved._replace(delta=solved.delta.to(offload_device or solved.delta.device)))
         return found
 
 
