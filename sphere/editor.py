@@ -177,9 +177,9 @@ class Editor:
             progress=progress,
             processes=processes or Processes(),
         )
+        self.original = self.edited.keep_original(self.services.offload_device)
         self.method = kind(self.edited, self.services, hparams)
         self.on_breakdown, self.project = on_breakdown, project
-        self.original = self.weights.snapshot(self.services.offload_device)
         self.ready_rules = ReadyRules(self.rules, self.weights, self.original)
 
     def edit(

@@ -28,6 +28,7 @@ class EditedModel:
         user_turn: what its prompts are put into: "{}", or a chat template's (`sphere.values.chat_template`).
         stack: its layers, to run parts of it.
         weights: the edited layers' weights.
+        original: what they were when `keep_original` was called, by name, in the model's own orientation.
         fingerprint: of all of its weights as they stand.
 
     Raises:
@@ -40,12 +41,18 @@ class EditedModel:
     user_turn: str = BARE
     stack: LayerStack = field(init=False)
     weights: EditedWeights = field(init=False)
+    original: dict[str, Tensor] = field(init=False, default_factory=dict)
     fingerprint: Fingerprint = field(init=False)
 
     def __post_init__(self) -> None:
         self.stack = LayerStack(self.model, self.hparams)
         self.weights = EditedWeights(self.model, [self.stack.weight_name(i) for i in self.hparams.layers])
         self.fingerprint = Fingerprint(self.model, self.weights.names)
+
+    def keep_original(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """Keep a copy of the weights as they stand, on a device (None: where each is), as the original ones."""
+        self.original = self.weights.snapshot(device)
+        return self.original
 
     def asked(self, prompt: str) -> str:
         """A prompt, or a context template, as the model is given it: in the user's turn."""
@@ -71,3 +78,8 @@ class EditedModel:
     def weight(self, layer: int) -> Tensor:
         """An edited layer's weight (out x in), float32 or wider: a view for reading."""
         return self.weights.get(self.weight_name(layer))
+
+    def original_weight(self, layer: int) -> Tensor:
+        """An edited layer's original weight (out x in), a view for reading, where and as it is kept."""
+        name = self.weight_name(layer)
+        return self.weights.canonical(name, self.original[name])

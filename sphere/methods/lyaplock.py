@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sphere.errors import SphereError
 from sphere.hparams import HParams, require
-from sphere.methods.base import TARGET_NUMBERS, Method, Update, spread_residual
+from sphere.methods.base import TARGET_NUMBERS, Method, Update
 from sphere.methods.delivery import Delivery
 from sphere.methods.edited_model import EditedModel
 from sphere.methods.layerwise import LayerwiseMethod, Solved
@@ -62,17 +62,12 @@ class LyapLock(LayerwiseMethod):
 
     def __init__(self, edited: EditedModel, services: Services, hparams: LyapLockHParams) -> None:
         super().__init__(edited, services, hparams)
-        self.original: dict[int, Tensor] = {}  # layer -> W_0 (out x in)
         self.earlier: dict[int, EarlierEdits] = {}
         self._written: dict[int, Tensor] = {}  # layer -> K (in x n) of the batch just written
 
     def prepare(self) -> None:
-        weights, device = self.edited.weights, self.services.offload_device
         for layer in self.hparams.layers:
-            if layer not in self.original:
-                weight = weights.get(self.edited.weight_name(layer))
-                self.original[layer] = weight.to(device or weight.device, copy=True)
-                self.earlier[layer] = EarlierEdits()
+            self.earlier.setdefault(layer, EarlierEdits())
 
     def updates(self, requests: Sequence[EditRequest]) -> Iterator[Update]:
         self.prepare()
@@ -87,10 +82,9 @@ class LyapLock(LayerwiseMethod):
         self, activations: ActivationsPass, bare: ActivationsPass, targets: Tensor
     ) -> Iterator[Solved]:
         """Delta (out x in) of one layer after the other towards Z (out x n), each to be written before the next."""
-        layers = self.hparams.layers
-        for index, layer in enumerate(layers):
+        for layer in self.hparams.layers:
             keys = activations.compute_ks(layer)  # K: in x n
-            asked = spread_residual(targets, activations.outputs(max(layers)), len(layers) - index)  # out x n
+            asked = self.residual(layer, activations, targets)  # out x n
             residual = module_residual(bare, layer, asked)  # R: out x n
             yield Solved(layer, self._solve(layer, keys, residual), asked)
             self._written[layer] = keys
@@ -106,7 +100,7 @@ class LyapLock(LayerwiseMethod):
         moment = self._moment(layer, device) * (self.hparams.mom2_update_weight * earlier.queue)  # q lambda M
         weight = self._weight(layer, device)
         a = moment + keys @ keys.T  # in x in
-        b = residual @ keys.T - (weight - self.original[layer].to(weight)) @ moment  # out x in
+        b = residual @ keys.T - (weight - self.edited.original_weight(layer).to(weight)) @ moment  # out x in
         if earlier.n_batches:
             h, g = earlier.h.to(device), earlier.g.to(device)
             a += h
@@ -131,7 +125,7 @@ class LyapLock(LayerwiseMethod):
         for layer, keys in self._written.items():
             device, earlier = self.services.solve_device(layer), self.earlier[layer]
             weight = self._weight(layer, device)
-            change = weight - self.original[layer].to(weight)
+            change = weight - self.edited.original_weight(layer).to(weight)
             loss = float(((change @ self._moment(layer, device)) * change).sum())  # tr D M D^T
             earlier.append(keys.to(device), weight, loss, self.hparams.preservation_bound)
         self._written = {}

@@ -134,19 +134,12 @@ def _prune(hparams: Any, sizes: Sizes) -> list[Item]:
 
 
 def _lyaplock(hparams: Any, sizes: Sizes) -> list[Item]:
-    original = Item(
-        "edited weights before the run, for its preservation loss",
-        "4 E",
-        sizes.exact_bytes * sizes.entries,
-        sizes.offload_device,
-    )
     sums = FLOAT64 * (sizes.sum_squared_in + sizes.entries)
     kept = FLOAT32 * sum(
         (out + in_features) * min(sizes.n_edits, in_features) for out, in_features in sizes.edited
     )
     return [
         *second_moments(sizes),
-        original,
         Item("sums of earlier keys and values", "8 (in^2 + out in)", sums, sizes.offload_device),
         Item("earlier keys and values", "4 (in + out) N, N at most in", kept, HOST),
         Item(
