@@ -74,8 +74,8 @@ def check_delivery(layers: Mapping[str, Mapping[str, Any]], requests: Sequence[E
     elif astray:
         warning = (
             f"The outputs of the batch of {cases} were further from their target values after the update of "
-            f"{', '.join(astray)} than before the batch (up to {max(astray.values()):.2f} of the distance to z): what "
-            "such layers write disturbs more than it helps; leave the lowest of `layers` out of the hyperparameters."
+            f"{', '.join(astray)} than before the batch (up to {max(astray.values()):.2f} of the distance to z): "
+            "what such layers write may disturb more than it helps; try without the lowest of `layers`."
         )
     else:
         return []
