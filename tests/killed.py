@@ -24,7 +24,7 @@ from sphere.runs.run import RunConfig, execute
 # Children are forked from a process that has imported everything and computed nothing.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["sphere.runs.run", "sphere.baselines.mend", "transformers.models.llama.modeling_llama"]
+    ["sphere.runs.run", "sphere.baselines.mend", "transformers.models.llama.modeling_llama", "pytest"]
 )
 SECONDS = 300
 
