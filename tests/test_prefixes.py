@@ -33,7 +33,7 @@ def test_keys_and_values_are_those_of_running_alone(stack, batch_tokens):
     store = PrefixStore(stack, pad=0, batch_tokens=batch_tokens)
     slots = store.add(PREFIXES, GROUPS)
     rows = [[Segment(own, [99])] for own, prefix in zip(slots, PREFIXES, strict=True) if prefix]
-    cached = store.inputs(rows)["past_key_values"].keys_and_values()
+    cached = store.inputs(rows)[stack.cache_argument].keys_and_values()
     for row, prefix in enumerate(prefix for prefix in PREFIXES if prefix):
         expected = stack.fill_cache({"input_ids": torch.tensor([prefix])}).keys_and_values()
         for (keys, values), (its_keys, its_values) in zip(cached, expected, strict=True):

@@ -8,6 +8,7 @@ of editing.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -123,6 +124,12 @@ class LayerStack:
         """Where token ids go."""
         return self.model.get_input_embeddings().weight.device
 
+    @cached_property
+    def cache_argument(self) -> str:
+        """What the model calls the keys and values of earlier positions: `cache` from transformers 5.24 on."""
+        named = inspect.signature(self.model.forward).parameters
+        return "cache" if "cache" in named else "past_key_values"
+
     @property
     def pass_overhead(self) -> int:
         """What a forward pass costs beside its tokens, as a number of tokens: see `group_by_length`."""
@@ -141,7 +148,7 @@ class LayerStack:
         Nothing above `last` is called.
 
         Args:
-            inputs: keyword arguments of the model (input_ids, attention_mask, position_ids, past_key_values, ...).
+            inputs: keyword arguments of the model (input_ids, attention_mask, position_ids, its cache, ...).
         """
         calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         entering: list[Tensor] = []
@@ -182,9 +189,9 @@ class LayerStack:
     def fill_cache(self, inputs: dict[str, Any]) -> FrozenPrefixCache:
         """Attention keys and values of all layers for these inputs, frozen; no logits are computed.
 
-        Earlier positions may be given as `past_key_values`; they are part of what is returned.
+        Earlier positions may be given as the model's `cache_argument`; they are part of what is returned.
         """
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(self.cache_argument)
         cache = FrozenPrefixCache() if cache is None else cache
         cache.frozen = False
 
@@ -193,7 +200,7 @@ class LayerStack:
 
         handle = self.layers[-1].register_forward_hook(after)
         try:
-            self._forward({**inputs, "past_key_values": cache, "use_cache": True})
+            self._forward({**inputs, self.cache_argument: cache, "use_cache": True})
         finally:
             handle.remove()
         return cache.freeze()

@@ -83,7 +83,7 @@ class PrefixStore:
             "use_cache": before > 0,
         }
         if before:
-            inputs["past_key_values"] = self._cache(prefixes, before)
+            inputs[self.stack.cache_argument] = self._cache(prefixes, before)
         return inputs
 
     def _masks(

@@ -242,7 +242,7 @@ class _Suffixes:
         if before:
             prefix = {"input_ids": ids[:, :before], "position_ids": positions[:, :before]}
             with _added(stack, self.noise, slice(before)):
-                inputs["past_key_values"] = stack.fill_cache(
+                inputs[stack.cache_argument] = stack.fill_cache(
                     {**prefix, "attention_mask": present[:, :before]}
                 )
         inputs |= {"input_ids": ids[:, before:], "position_ids": positions[:, before:]}
