@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sphere import EditRequest, HParams, hparams_from_dict, load_model
 from sphere.methods.alphaedit import AlphaEditHParams
@@ -63,6 +71,13 @@ def tiny_llama(seed: int = 0, layers: int = 4) -> LlamaForCausalLM:
         bos_token_id=0,
     )
     return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def tiny_olmo2() -> Olmo2ForCausalLM:
+    """The same with a norm behind each layer's modules, so that they add something else than they put out."""
+    torch.manual_seed(0)
+    config = Olmo2Config(**tiny_llama().config.to_diff_dict())
+    return Olmo2ForCausalLM(config).eval().requires_grad_(False)
 
 
 def tiny_gpt2(seed: int = 0, layers: int = 4) -> GPT2LMHeadModel:

@@ -58,11 +58,22 @@ class _Places(TorchFunctionMode):
             for result, source in zip(results or (), args[0], strict=bool(results)):
                 _put(result, place_of(source))
             return results
+        if func is torch.autograd.grad:
+            return self._gradients(func, *args, **kwargs)
         where = self._common(func, args, kwargs)
         result = func(*args, **kwargs)
         where = torch.device(asked) if asked is not None else where
         tree_map(lambda leaf: self._settle(leaf, where), result)
         return result
+
+    def _gradients(
+        self, func: Any, outputs: Any, inputs: Any, grad_outputs: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        """Each gradient is where its input is, whatever lay between it and the output."""
+        self._common(func, (outputs, grad_outputs), {})
+        found = func(outputs, inputs, grad_outputs, **kwargs)
+        sources = inputs if isinstance(inputs, (tuple, list)) else (inputs,)
+        return tuple(_put(own, place_of(source)) for own, source in zip(found, sources, strict=True))
 
     def _settle(self, leaf: Any, where: torch.device) -> None:
         if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter):

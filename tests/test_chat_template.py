@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA_MODULES, REQUESTS, tiny_hparams, tiny_llama
+from conftest import REQUESTS, tiny_llama, tiny_olmo2
 from tiny_run import TinyRun, contents
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -94,8 +94,17 @@ def test_a_prompt_with_its_own_bos_keeps_one(tokenizer) -> None:
     assert encode(tokenizer, filled.text).ids.count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("method", ["AlphaEdit", "FT"])
-def test_an_edit_is_that_of_prompts_written_out(tokenizer, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [
+        ("AlphaEdit", tiny_llama),
+        ("MEMIT", tiny_olmo2),
+        ("NAS", tiny_llama),
+        ("ROME", tiny_llama),
+        ("FT", tiny_llama),
+    ],
+)
+def test_an_edit_is_that_of_prompts_written_out(tokenizer, method: str, model) -> None:
     """A chat template does what prompts with its text around them, and context templates with it inside, would."""
     from tiny_run import method_values
 
@@ -103,14 +112,13 @@ def test_an_edit_is_that_of_prompts_written_out(tokenizer, method: str) -> None:
     from sphere.methods import get_method
 
     request = EditRequest(0, "The home of {} is", "Ann", "Rome")
-    if method == "AlphaEdit":
-        hparams = tiny_hparams(LLAMA_MODULES, v_num_grad_steps=3, kl_factor=0.0)
-    else:
-        hparams = hparams_from_dict(method_values("FT"), get_method("FT").hparams_class)
+    kind = get_method(method).hparams_class
+    values = method_values(method)  # the prompt of the KL term would be put into the turn, too
+    hparams = hparams_from_dict(values | ({"kl_factor": 0.0} if "kl_factor" in values else {}), kind)
 
-    def edited(request: EditRequest, chat: bool | str, templates) -> dict[str, torch.Tensor]:
+    def edited(request: EditRequest, chat: bool | str, templates) -> tuple[dict[str, torch.Tensor], object]:
         editor = Editor(
-            tiny_llama(),
+            model(),
             tokenizer,
             method,
             hparams,
@@ -118,15 +126,16 @@ def test_an_edit_is_that_of_prompts_written_out(tokenizer, method: str) -> None:
             chat_template=chat,
             progress=False,
         )
-        editor.edit([request])
-        return editor.final_weights()
+        report = editor.edit([request])
+        return editor.final_weights(), report.layers
 
-    in_chat = edited(request, True, (("{}",),))
+    in_chat, said = edited(request, True, (("{}",),))
     written = edited(replace(request, prompt=in_turn(TURN, request.prompt)), False, (("{}",),))
+    assert said == written[1]  # what was reached of z, too
     for name, weight in in_chat.items():
-        assert weight.equal(written[name])
-    assert all(w.equal(in_chat[n]) for n, w in edited(request, TURN, (("{}",),)).items())
-    assert not all(w.equal(in_chat[n]) for n, w in edited(request, False, (("{}",),)).items())
+        assert weight.equal(written[0][name])
+    assert all(w.equal(in_chat[n]) for n, w in edited(request, TURN, (("{}",),))[0].items())
+    assert not all(w.equal(in_chat[n]) for n, w in edited(request, False, (("{}",),))[0].items())
 
 
 def test_scores_are_of_the_answer_behind_the_turn(tokenizer) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import pytest
 import torch
 from accelerate import dispatch_model
-from conftest import REQUESTS, tiny_llama
+from conftest import REQUESTS, tiny_llama, tiny_olmo2
 from places import place, pretended_devices
 from test_architectures import tiny_hparams
 
@@ -92,18 +92,21 @@ def edited(editor: Editor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("method", "conserve_memory"), [(m, False) for m in METHODS] + [(m, True) for m in SOLVES]
+    ("method", "conserve_memory", "model_of"),
+    [(m, False, tiny_llama) for m in METHODS]
+    + [(m, True, tiny_llama) for m in SOLVES]
+    + [("MEMIT", False, tiny_olmo2)],
 )
-def test_edited_layers_on_different_devices(method, conserve_memory, tiny_tokenizer, tmp_path):
-    plain = edited(editor_of(tiny_llama(), tiny_tokenizer, method, tmp_path))
+def test_edited_layers_on_different_devices(method, conserve_memory, model_of, tiny_tokenizer, tmp_path):
+    plain = edited(editor_of(model_of(), tiny_tokenizer, method, tmp_path))
     with pretended_devices():
-        model, passes = place(tiny_llama(), MAP), PassOptions(conserve_memory=conserve_memory)
+        model, passes = place(model_of(), MAP), PassOptions(conserve_memory=conserve_memory)
         editor = editor_of(model, tiny_tokenizer, method, tmp_path, passes=passes)
         spread = edited(editor)
         for layer, name in zip(editor.edited.hparams.layers, editor.weights.names, strict=True):
             assert editor.weights.get(name).device == torch.device(f"cuda:{layer}")
     for name, weight in plain.items():
-        assert not torch.equal(weight, tiny_llama().get_parameter(name))
+        assert not torch.equal(weight, model_of().get_parameter(name))
         assert torch.allclose(spread[name], weight, rtol=1e-4, atol=1e-6)
 
 

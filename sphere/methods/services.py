@@ -74,6 +74,11 @@ class Services:
         n = hparams.n_context_templates if isinstance(hparams, TargetHParams) else len(BEGINNINGS)
         return self.processes.on_main(lambda: generate_context_templates(model, tokenizer, self.seed, n))
 
+    @property
+    def in_contexts(self) -> bool:
+        """Whether prompts are run in context templates; methods without target values run the bare ones only."""
+        return isinstance(self.edited.hparams, TargetHParams)
+
     def _asked(self, templates: Sequence[Sequence[str]]) -> list[list[str]]:
         """Context templates as the model is given them: in the user's turn, where there is one."""
         return [[self.edited.asked(template) for template in group] for group in templates]
@@ -87,10 +92,7 @@ class Services:
             SphereError: some do not; the cases are named.
         """
         model, tokenizer = self.edited.model, self.edited.tokenizer
-        in_contexts = isinstance(
-            self.edited.hparams, TargetHParams
-        )  # other methods run the bare prompts only
-        templates = self._asked(self.context_templates if in_contexts else ((BARE,),))
+        templates = self._asked(self.context_templates if self.in_contexts else ((BARE,),))
         own = edited_texts(requests, templates, bos_text(tokenizer), self.edited.user_turn)
         check_lengths(model, tokenizer, chain(own, others))
 
@@ -202,9 +204,7 @@ class Services:
 
     def bare_pass(self, requests: Sequence[EditRequest]) -> ActivationsPass:
         """The bare prompts of a batch alone: to ask what the module of each layer must add, and what was reached."""
-        edited = self.edited
-        templates, tokens = ((BARE,),), self.passes.editing_tokens
-        return ActivationsPass(edited.stack, edited.tokenizer, requests, templates, tokens)
+        return self.activations(requests, ((BARE,),))
 
     # ---- second moments ----
 

@@ -127,7 +127,7 @@ def compute_z(
     budget = gradient_pass_tokens(stack, hparams, batch_tokens)
     with inference(stack.model), shared_heads(stack.device):
         loop = _Loop(stack, hparams, requests, prompts, padding_id(tokenizer), budget)
-        loop.reach = _reach(stack, tokenizer, requests, budget)
+        loop.reach = _reach(stack, tokenizer, requests, bare, budget)
         with multiply_in(matmul_dtype, _layers_above(stack, hparams)):
             return loop.optimise(progress)
 
@@ -138,12 +138,16 @@ def gradient_pass_tokens(stack: LayerStack, hparams: TargetHParams, batch_tokens
 
 
 def _reach(
-    stack: LayerStack, tokenizer: PreTrainedTokenizerBase, requests: Sequence[EditRequest], budget: int
+    stack: LayerStack,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[EditRequest],
+    bare: str,
+    budget: int,
 ) -> Reach | None:
     """What bounds delta; None where the edited layers can give any."""
     if adds_as_is(stack, encode(tokenizer, requests[0].text).ids):
         return None
-    return Reach(ActivationsPass(stack, tokenizer, requests, ((BARE,),), budget))
+    return Reach(ActivationsPass(stack, tokenizer, requests, ((bare,),), budget, bare))
 
 
 def _layers_above(stack: LayerStack, hparams: TargetHParams) -> list[nn.Module]:

@@ -182,7 +182,8 @@ class Reach:
             for chosen in self.chosen:
                 at = self.index[chosen.to(self.index.device)]
                 e = torch.zeros_like(self.joint.u).index_put((at,), self.e[chosen.to(at.device)])
-                parts.append(self.joint(e)[at])
+                reached = self.joint(e)  # S x d, where the last layer is
+                parts.append(reached[at.to(reached.device)])
             order = torch.cat(self.chosen).argsort()
             return torch.cat(parts)[order.to(parts[0].device)]
 
