@@ -72,10 +72,13 @@ def test_it_matters_where_a_layer_is_solved_on_what_was_written_below(tmp_path: 
     assert not torch.allclose(after.weights.get(last), within.weights.get(last))
 
 
-def test_methods_that_solve_all_layers_first_know_no_difference(tmp_path: Path) -> None:
-    within, after = (editor_of("MEMIT", tmp_path, BETA, project) for project in ("within", "after"))
+@pytest.mark.parametrize("method", ["MEMIT", "MEMIT_seq"])
+def test_methods_that_solve_all_layers_first_know_no_difference(method: str, tmp_path: Path) -> None:
+    """Nor do the keys that they remember, which are those of the weights as written, rules applied."""
+    within, after = (editor_of(method, tmp_path, BETA, project) for project in ("within", "after"))
     for editor in (within, after):
         editor.edit(REQUESTS)
+        editor.edit(MORE)
     for name in within.weights.names:
         torch.testing.assert_close(after.weights.get(name), within.weights.get(name))
 

@@ -43,6 +43,7 @@ class Method(ABC):
         reference: the paper.
         hparams_class: dataclass of its hyperparameters.
         default_alpha: suppression strength of the SPHERE hook unless one is given (the paper's).
+        solves_first: whether all updates of a batch are found before the first one is written.
         at_once: facts whose target values are found together; None: a whole batch.
         uses_subject: whether it must know where in its prompt a fact's subject is.
         tuned: its numbers that `sphere.tuning` searches; they must be among those of `sphere.tuning.search_space`.
@@ -52,6 +53,7 @@ class Method(ABC):
     reference: ClassVar[str]
     hparams_class: ClassVar[type[ModuleHParams]]
     default_alpha: ClassVar[float] = 0.8
+    solves_first: ClassVar[bool] = False
     at_once: ClassVar[int | None] = None
     uses_subject: ClassVar[bool] = True
     tuned: ClassVar[tuple[str, ...]] = ()

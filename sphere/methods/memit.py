@@ -24,6 +24,7 @@ class MEMIT(SequentialMethod):
 
     name = "MEMIT"
     reference = "Mass-Editing Memory in a Transformer, arXiv 2210.07229"
+    solves_first = True
     hparams_class: ClassVar[type[HParams]] = HParams
     tuned: ClassVar[tuple[str, ...]] = (*TARGET_NUMBERS, "mom2_update_weight")
 

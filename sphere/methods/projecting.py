@@ -3,7 +3,7 @@
 "within" lets a method that solves layer after layer (AlphaEdit) solve each layer on the layers below as they were
 written, rules applied. "after" lets it solve all of them on a temporarily edited model, each update written as it is,
 and gives the rules the updates of all layers then; so does EasyEdit's SPHERE. For methods that solve all layers first
-anyway (MEMIT and its kin) the two are the same.
+anyway (`solves_first`: MEMIT and its kin) the two are the same.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def updates_of(
     method: Method, requests: Sequence[EditRequest], project: str
 ) -> Iterator[tuple[str, Tensor, Factors | None]]:
     """(weight name, Delta (out x in), its factors) of a batch, in the order in which they are to be written."""
-    if project == "within":
+    if project == "within" or method.solves_first:
         for name, delta in method.updates(requests):
             yield name, delta, method.factors()
         return
