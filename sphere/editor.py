@@ -43,6 +43,7 @@ LARGEST_RELATIVE_UPDATE = 10.0
 ON_BREAKDOWN = ("stop", "continue")  # what such an update does
 # Prefixes of what a saved state holds.
 _WEIGHT, _RNG = "weight/", "rng/"
+_TEMPLATES = "context_templates"
 
 # (name, weight after, weight before, metrics known already) -> further metrics; weights (out x in).
 Measure = Callable[[str, Tensor, Tensor, Metrics], Mapping[str, Any]]
@@ -371,7 +372,7 @@ class Editor:
 
         Returns:
             What changes with every batch (weights under edit, random state); what stays as it is under its name (the
-            method's own state); a small JSON-able part.
+            method's own state); a small JSON-able part: n_edits and, once used, the context templates.
 
         Raises:
             SphereError: somebody else has changed the weights.
@@ -379,7 +380,12 @@ class Editor:
         self._check_untouched()
         tensors = {f"{_WEIGHT}{name}": weight for name, weight in self.weights.snapshot("cpu").items()}
         tensors |= {f"{_RNG}{device}": state for device, state in random_state().items()}
-        return tensors, self.method.state(), {"n_edits": self.n_edits}
+        used = (
+            {_TEMPLATES: self.services.context_templates}
+            if self.n_edits and self.services.in_contexts
+            else {}
+        )
+        return tensors, self.method.state(), {"n_edits": self.n_edits, **used}
 
     def load_state(
         self, tensors: Mapping[str, Tensor], append_only: Mapping[str, Tensor], state: Mapping[str, Any]
@@ -396,6 +402,8 @@ class Editor:
             {k.removeprefix(_WEIGHT): v for k, v in tensors.items() if k.startswith(_WEIGHT)}
         )
         set_random_state({k.removeprefix(_RNG): v for k, v in tensors.items() if k.startswith(_RNG)})
+        if _TEMPLATES in state:  # sampled from the unedited model
+            self.services.context_templates = tuple(tuple(group) for group in state[_TEMPLATES])
         self.n_edits = int(state["n_edits"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,14 @@ def test_a_state_is_taken_up_by_another_editor(method: str, make: Any) -> None:
     assert again.keys() == tensors.keys()
     for name in kept.keys() & append_only.keys():  # some go where state takes a new name
         assert torch.equal(kept[name], append_only[name])
+
+
+def test_a_state_holds_the_templates_that_the_unedited_model_wrote(make: Any) -> None:
+    first, second = (make(context_templates=None) for _ in range(2))
+    first.edit(FACTS[:2])
+    tensors, append_only, values = first.state()
+    second.load_state(tensors, append_only, json.loads(json.dumps(values)))
+    assert second.services.context_templates == first.services.context_templates
 
 
 @pytest.mark.parametrize("method", STATEFUL)

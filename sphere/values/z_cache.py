@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 FIELDS = ("z", "h0", "losses", "steps")
 # What the optimisation reads of the hyperparameters; of the edited layers the last one, and all of them
-# where they bound z.
+# and which matrix is edited where they bound z.
 HPARAMS = (
     "clamp_norm_factor",
     "v_num_grad_steps",
@@ -130,12 +130,13 @@ class TargetValueCache:
         """Everything that the numbers depend on, JSON-able."""
         prompts = [self._prompts(request, [t for group in templates for t in group]) for request in requests]
         bounded = not adds_as_is(self.stack, encode(self.tokenizer, requests[0].text).ids)
+        reach = {"layers": list(hparams.layers), "rewrite_module_tmp": hparams.rewrite_module_tmp}
         return {
             "weights": self.fingerprint.now(),
             **numerics(self.stack.model),
             "code": self._code,
             "z_layer": max(hparams.layers),
-            **({"layers": list(hparams.layers)} if bounded else {}),  # whose reach bounds z
+            **(reach if bounded else {}),  # of the edited modules, which bounds z
             "hparams": {name: getattr(hparams, name) for name in HPARAMS},
             "templates": [list(group) for group in templates],
             "requests": _digest(prompts),
