@@ -94,6 +94,21 @@ def test_a_prompt_with_its_own_bos_keeps_one(tokenizer) -> None:
     assert encode(tokenizer, filled.text).ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_what_a_tokenizer_puts_before_every_text_stands_once(tiny_tokenizer) -> None:
+    """As GLM-4's, whose chat template begins with it, too, and which has no BOS."""
+    backend = type(tiny_tokenizer.backend_tokenizer).from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    before = ["[gMASK]", "<sop>"]
+    backend.add_special_tokens(before)
+    special = [(token, backend.token_to_id(token)) for token in before]
+    backend.post_processor = TemplateProcessing(single="[gMASK] <sop> $A", special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, extra_special_tokens=before, chat_template="[gMASK]<sop>" + CHATML
+    )
+    for text in (in_turn(user_turn(tokenizer, True), "Ann is"), "Ann is"):
+        ids = encode(tokenizer, text).ids
+        assert tokenizer.decode(ids) == "[gMASK]<sop>" + text.removeprefix("[gMASK]<sop>")
+
+
 @pytest.mark.parametrize(
     ("method", "model"),
     [

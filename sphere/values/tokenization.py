@@ -56,11 +56,14 @@ class Encoded:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
-    """Tokenise `text` as the model expects it: BOS where the tokenizer adds one, never two, never a trailing EOS."""
+    """Tokenise `text` as the model expects it: BOS where the tokenizer adds one, never two, never a trailing EOS.
+
+    The same holds of other tokens that it puts before every text, where a text begins with them itself.
+    """
     ids, starts, ends = _fast(tokenizer, text) if tokenizer.is_fast else _slow(tokenizer, text)
-    bos = tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos] and ends[0] == 0:  # the text begins with a BOS of its own
-        ids, starts, ends = ids[1:], starts[1:], ends[1:]
+    added = next((i for i, end in enumerate(ends) if end), 0)  # tokens that cover nothing of the text
+    if added and ids[added : 2 * added] == ids[:added] and set(ids[:added]) <= set(tokenizer.all_special_ids):
+        ids, starts, ends = ids[added:], starts[added:], ends[added:]
     return Encoded(ids, starts, ends)
 
 
