@@ -120,6 +120,27 @@ def test_whatever_decides_a_run_beside_its_seed_makes_another_configuration(tmp_
     assert len({c["label"] for c in board["configurations"]}) == 8
 
 
+def test_one_case_id_of_two_facts_makes_two_boards(tmp_path):
+    made = [fake_run(tmp_path, method, **SMALL) for method in ("MEMIT", "AlphaEdit", "PRUNE", "RECT")]
+    for folder in made[2:]:
+        path = folder / "summary" / "cases_edit_20.jsonl"
+        path.write_text(path.read_text().replace('"case": {', '"case": {"subject": "another", '))
+    assert [[c["label"] for c in board["configurations"]] for board in boards(load_runs(made))] == [
+        ["MEMIT + SPHERE", "AlphaEdit + SPHERE"],
+        ["PRUNE + SPHERE", "RECT + SPHERE"],
+    ]
+
+
+def test_a_metric_that_one_seed_lacks_has_the_spread_of_the_others(folders):
+    runs = [cases_of(folder) for folder in (folders[0], folders[4])]
+    texts = [{"exact_match": exact, "text": ""} for exact in (True, False)]
+    runs.append([case | {"greedy": texts[i % 2]} for i, case in enumerate(runs[0])])
+    found = summarise_seeds(runs)
+    assert found["exact_match"]["seed_std"] is None
+    assert found["score"]["seed_std"] > 0
+    json.dumps(found, allow_nan=False)
+
+
 def test_without_a_seed_in_common_there_is_no_difference(tmp_path):
     seeds = [("MEMIT", 1), ("MEMIT", 2), ("AlphaEdit", 3)]
     made = [fake_run(tmp_path / str(seed), method, seed=seed, **SMALL) for method, seed in seeds]

@@ -23,6 +23,7 @@ from sphere.errors import SphereError
 from sphere.evaluation import evaluate_run as evaluation
 from sphere.evaluation.case_file import CaseFile, read_cases
 from sphere.evaluation.evaluate_run import evaluate_run
+from sphere.evaluation.exact_match import ExactMatch
 from sphere.evaluation.scored_facts import ScoredFacts
 from sphere.evaluation.scoring import RecordScorer, score_records
 from sphere.requests import EditRequest
@@ -231,6 +232,25 @@ def test_a_sample_of_the_facts(setting):
     assert evaluate(setting, records, scored_facts=9) == evaluate(setting, records) | {"scored_facts": 9}
 
 
+def test_what_is_finished_stays_when_less_is_asked_for(setting, asked, monkeypatch):
+    records, path = counterfact(9), setting[2] / "summary" / "cases_edit_9.jsonl"
+    whole = evaluate(setting, records, exact_match_facts=4)
+    made = read_cases(path)
+    evaluate(setting, records)
+    assert not any("greedy" in case for case in read_cases(path))
+    evaluate(setting, records, scored_facts=5)
+    assert len(read_cases(path)) == 5
+    evaluate(setting, records, only=[4])
+    (unedited,) = evaluate(setting, records, only=[0])["checkpoints"]
+    assert unedited["metrics"]["score"] == whole["checkpoints"][0]["metrics"]["score"]
+    assert unedited["metrics"]["n_cases"] == 9
+    asked.clear()
+    monkeypatch.setattr(ExactMatch, "generate", None)  # nothing is generated again
+    assert evaluate(setting, records, exact_match_facts=4) == whole
+    assert read_cases(path) == made
+    assert asked == []
+
+
 @given(n=st.integers(1, 40), limit=st.integers(1, 40), seed=st.integers(0, 3), data=st.data())
 def test_a_fact_drawn_once_is_drawn_at_all_earlier_checkpoints(n, limit, seed, data):
     facts = ScoredFacts(counterfact(n), limit, seed)
@@ -297,17 +317,35 @@ def test_killed_and_restarted_gives_the_same_summary(tmp_path):
         assert (first / "summary" / name).read_bytes() == (second / "summary" / name).read_bytes()
 
 
+def as_it_is(_record, case):
+    return case
+
+
+def test_case_file_keeps_what_is_not_counted(tmp_path):
+    records, path = counterfact(3), tmp_path / "cases.jsonl"
+    file = CaseFile(path, {"of": "a"})
+    file.write([], as_it_is)
+    file.append(records[:2], [{"case_id": 10, "text": "old"}, {"case_id": 11}])
+    file.append(records[:1], [{"case_id": 10, "text": "new"}])
+    assert read_cases(path) == [{"case_id": 10, "text": "new"}, {"case_id": 11}]
+    file.write(records[:1], lambda _record, case: {"case_id": case["case_id"]})
+    assert read_cases(path) == [{"case_id": 10}]
+    again = CaseFile(path, {"of": "a"})
+    assert [again.get(r) for r in records] == [{"case_id": 10, "text": "new"}, {"case_id": 11}, None]
+
+
 def test_case_file_ignores_other_headers_and_torn_lines(tmp_path):
     records = counterfact(3)
     path = tmp_path / "cases.jsonl"
     file = CaseFile(path, {"of": "a"})
-    file.begin([])
+    file.write([], as_it_is)
     file.append(records[:2], [{"case_id": 10}, {"case_id": 11}])
     with path.open("a") as out:
         out.write('{"record": "')
     again = CaseFile(path, {"of": "a"})
     assert [again.get(r) for r in records] == [{"case_id": 10}, {"case_id": 11}, None]
-    again.begin(records[1:2])
+    again.forget(records[:1])
+    again.write(records, as_it_is)
     assert path.read_text().count("\n") == 2
     assert [again.get(r) for r in records] == [None, {"case_id": 11}, None]
     assert CaseFile(path, {"of": "b"}).get(records[0]) is None

@@ -79,6 +79,16 @@ def test_a_run_of_ones_choice_is_the_reference_of_all(four, tmp_path):
     assert error.value.arguments == ("against",)
 
 
+def test_one_case_id_of_two_facts_is_no_pair(four):
+    path = four[0] / "summary" / "cases_edit_20.jsonl"
+    lines = path.read_text().splitlines()
+    changed = [line.replace('"case": {', '"case": {"subject": "another", ') for line in lines]
+    path.write_text("\n".join([*lines[:16], *changed[16:]]) + "\n")
+    assert [row["n_cases"] for row in compare(load_runs(four[:2]))[0]["differences"]] == [10, 15]
+    path.write_text("\n".join(changed) + "\n")
+    assert [row["n_cases"] for row in compare(load_runs(four[:2]))[0]["differences"]] == [10]
+
+
 def test_zsre_is_compared_by_accuracy_also_with_the_unedited_predictions(tmp_path):
     made = [fake_run(tmp_path, beta_hse=beta, kind="zsre", **SMALL) for beta in (0, 0.5)]
     (pair,) = compare(load_runs(made))

@@ -192,6 +192,8 @@ def _summary(
 
 def _undone(states: RunStates) -> dict[str, str]:
     """A note on edits that a checkpoint is without, though they count in its scores."""
+    if not states.checkpoints:
+        return {}
     last = states.checkpoints[-1]
     undone = len(undone_in(last.path))
     note = f"{undone} of {last.n_edits} edits are undone in {last.path.name}; they count in its scores."
@@ -238,7 +240,7 @@ def _rows(
     """The summary's rows: the unedited model, then each checkpoint; the model is left with the last one's weights."""
     rows: list[dict[str, Any]] = []
     unedited: dict[int, Case] = {}  # by case_id
-    counts = [checkpoint.n_edits for checkpoint in states.checkpoints]
+    counts = [checkpoint.n_edits for checkpoint in states.checkpoints] or [len(facts.records)]
     for state in states:
         cases = scoring.cases(state, facts.of(state.n_edits) if state.checkpoint else facts.of_any(counts))
         unedited = unedited or {case["case_id"]: case for case in cases}
@@ -296,15 +298,17 @@ class _Scoring:
         # Whole chunks, always cut alike: rounding depends on what shares a batch, and a restart should not show.
         chunks = [records[i : i + CHUNK] for i in range(0, len(records), CHUNK)]
         todo = [chunk for chunk in chunks if any(file.get(record) is None for record in chunk)]
-        file.begin([record for chunk in chunks if chunk not in todo for record in chunk])
+        file.forget([record for chunk in todo for record in chunk])
+        file.write(records, self._asked_for)
         if todo:
             self._score(todo, file, name)
-        for maker in self.makers:
-            self._generate(maker, records, file, name)
+        made = [self._generate(maker, records, file, name) for maker in self.makers]
+        if todo or any(made):
+            file.write(records, self._asked_for)  # one line per case again
         if shared:
-            file.write_to(shared)
+            file.write_to(shared, records)
         log.info("%s: %d cases, %d of them scored now", file.path, len(records), sum(map(len, todo)))
-        return [self._asked_for(record, file) for record in records]
+        return [self._asked_for(record, file[record]) for record in records]
 
     def _score(self, chunks: Sequence[Sequence[Record]], file: CaseFile, name: str) -> None:
         start, prompts = time.perf_counter(), 0
@@ -317,13 +321,13 @@ class _Scoring:
         seconds = time.perf_counter() - start
         log.info("%s: %d prompts in %.1f s, %.1f prompts/s", name, prompts, seconds, prompts / seconds)
 
-    def _generate(self, maker: _TextMaker, records: Sequence[Record], file: CaseFile, name: str) -> None:
-        """Texts of the cases that should have some and lack them; whole chunks, as in `cases`."""
+    def _generate(self, maker: _TextMaker, records: Sequence[Record], file: CaseFile, name: str) -> bool:
+        """Texts of the cases that should have some and lack them; whole chunks, as in `cases`. Whether any did."""
         wanted = [record for record in records if maker.wants(record)]
         chunks = [wanted[i : i + GENERATED_CHUNK] for i in range(0, len(wanted), GENERATED_CHUNK)]
-        todo = [c for c in chunks if any(maker.key not in self._asked_for(r, file) for r in c)]
+        todo = [c for c in chunks if any(maker.key not in self._asked_for(r, file[r]) for r in c)]
         if not todo:
-            return
+            return False
         start = time.perf_counter()
         with tqdm(
             total=sum(map(len, todo)), desc=f"{name}, {maker.key}", unit="case", disable=not self.progress
@@ -333,10 +337,10 @@ class _Scoring:
                 scored = [file[record] for record in chunk]
                 file.append(chunk, [case | {maker.key: new} for case, new in zip(scored, made, strict=True)])
                 bar.update(len(chunk))
-        file.begin(records)  # one line per case again
         seconds = time.perf_counter() - start
         cases = sum(map(len, todo))
         log.info("%s: %s text of %d cases in %.1f s", name, maker.key, cases, seconds)
+        return True
 
     def _rounds(self, chunks: Sequence[Sequence[Record]]) -> Iterator[list[Record]]:
         """As many chunks at a time as there are processes: each gets one, where all are full."""
@@ -350,9 +354,9 @@ class _Scoring:
         """What `make` makes of records, one result each, shared out to the processes."""
         return [case for part in self.processes.shares(make, records) for case in part]
 
-    def _asked_for(self, record: Record, file: CaseFile) -> Case:
-        """The finished case, without text that was generated for other settings or that nobody wants now."""
-        case = dict(file[record])
+    def _asked_for(self, record: Record, case: Case) -> Case:
+        """A finished case, without text that was generated for other settings or that nobody wants now."""
+        case = dict(case)
         for maker in self.makers:
             made_with = case.get(maker.key, {}).get("settings")
             if not (maker.wants(record) and made_with == maker.settings(record)):

@@ -129,7 +129,7 @@ def summarise_seeds(runs: Sequence[Sequence[Case]], seed: int = 0) -> dict[str, 
 
     Returns:
         As `summarise`, the means over all cases of all runs and n_cases the number of facts; beside that, "seeds" (the
-        number of runs) and for each metric and score "seed_std": sample standard deviation of the runs' own values,
+        number of runs) and for each metric and score "seed_std": sample standard deviation over the runs that have it,
         None of a single run.
 
     Raises:
@@ -146,10 +146,12 @@ def summarise_seeds(runs: Sequence[Sequence[Case]], seed: int = 0) -> dict[str, 
     for name, parts in SCORES[kind].items():
         if result[name]:
             of_parts = np.stack([means[part] for part in parts])  # 3 x S
+            of_parts = of_parts[:, ~np.isnan(of_parts).any(axis=0)]  # of the runs that have all three
             means[name] = np.array([statistics.harmonic_mean(column) for column in of_parts.T.tolist()])
     for name, own in means.items():
         if result[name]:
-            result[name]["seed_std"] = float(own.std(ddof=1)) if len(runs) > 1 else None
+            own = own[~np.isnan(own)]  # of the runs that have it
+            result[name]["seed_std"] = float(own.std(ddof=1)) if len(own) > 1 else None
     return result
 
 

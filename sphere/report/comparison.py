@@ -15,10 +15,11 @@ from typing import Any
 
 from sphere.errors import SphereError
 from sphere.evaluation.paired import differences_over_seeds
+from sphere.evaluation.scoring import Case
 from sphere.evaluation.summary import format_lines, summarise_seeds, table_lines
 from sphere.report.collect import RunData, labels
 from sphere.report.lines import slug
-from sphere.report.pairs import DECIDED, Pair, is_plain, paired_lines, scored_cases
+from sphere.report.pairs import DECIDED, Pair, agree, is_plain, paired_lines, scored_cases
 
 UNITS = (
     "run minus reference, in percentage points; intervals: percentile bootstrap over facts and seeds, 95 %"
@@ -92,13 +93,18 @@ def boards(runs: Sequence[RunData], reference: str | None = None) -> list[Board]
 
 def _on_the_same_facts(runs: Sequence[RunData]) -> list[list[RunData]]:
     """Scored runs of one model that edited the same facts, in whatever order."""
-    groups: dict[str, list[RunData]] = {}
+    groups: list[tuple[str, list[Case], list[RunData]]] = []  # with the cases of the first
     for run in runs:
-        if run.described and _has_cases(run):
-            facts = [run.config.get(key) for key in ("model", "ds_name", "facts", "user_turn")]
-            key = json.dumps([*facts, run.kind, sorted(run.config.get("case_ids", []))])
-            groups.setdefault(key, []).append(run)
-    return list(groups.values())
+        if not run.described or not (cases := _cases(run)):
+            continue
+        facts = [run.config.get(key) for key in ("model", "ds_name", "facts", "user_turn")]
+        key = json.dumps([*facts, run.kind, sorted(run.config.get("case_ids", []))])
+        group = next((group for its, first, group in groups if its == key and agree(first, cases)), None)
+        if group is None:
+            groups.append((key, cases, [run]))
+        else:
+            group.append(run)
+    return [group for *_, group in groups]
 
 
 def _configurations(runs: Sequence[RunData]) -> list[Configuration]:
@@ -117,9 +123,9 @@ def _configurations(runs: Sequence[RunData]) -> list[Configuration]:
     return [configuration for configuration in made if configuration.n_edits]
 
 
-def _has_cases(run: RunData) -> bool:
-    """Whether the cases that the last checkpoint's scores are of are there."""
-    return bool(run.scored) and bool(scored_cases(run, run.scored[-1]["n_edits"]))
+def _cases(run: RunData) -> list[Case]:
+    """The cases that the last checkpoint's scores are of, where they are there."""
+    return scored_cases(run, run.scored[-1]["n_edits"]) if run.scored else []
 
 
 def _board(configurations: Sequence[Configuration], reference: str | None) -> Board:

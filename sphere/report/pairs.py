@@ -107,14 +107,32 @@ def _differences(reference: RunData, run: RunData) -> list[dict[str, Any]]:
     common = {row["n_edits"] for row in reference.scored} & {row["n_edits"] for row in run.scored}
     found = []
     for n_edits in sorted(common):
-        cases = scored_cases(reference, n_edits), scored_cases(run, n_edits)
-        if {c["case_id"] for c in cases[0]} & {c["case_id"] for c in cases[1]}:
+        cases = same_facts(scored_cases(reference, n_edits), scored_cases(run, n_edits))
+        if cases[0]:
             found.append({"n_edits": n_edits, **paired_differences(*cases)})
     return found
 
 
+def same_facts(first: Sequence[Case], second: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """The cases of the facts that both have: two tables may give one case_id to different facts."""
+    facts = [{case["case_id"]: _fact(case) for case in cases} for cases in (first, second)]
+    common = {i for i, fact in facts[0].items() if facts[1].get(i) == fact}
+    return [c for c in first if c["case_id"] in common], [c for c in second if c["case_id"] in common]
+
+
+def agree(first: Sequence[Case], second: Sequence[Case]) -> bool:
+    """Whether no case_id stands for different facts in them."""
+    common = {case["case_id"] for case in first} & {case["case_id"] for case in second}
+    return len(same_facts(first, second)[0]) == len(common)
+
+
+def _fact(case: Case) -> tuple[str | None, ...]:
+    rewrite = [entry.get("prompt") for entry in case["rewrite"]]
+    return case.get("subject"), case.get("target_new"), *rewrite
+
+
 def scored_cases(run: RunData, n_edits: int) -> list[Case]:
-    """The cases of a checkpoint, [] where not all of them are there; text counts where the summary counts it."""
+    """The cases of a checkpoint that the summary counts, [] where not all of them are there."""
     folder, summary = run.folder / FOLDER, run.summary or {}
     cases = read_cases(folder / f"cases_edit_{n_edits}.jsonl")
     if len(cases) != min(n_edits, summary.get("scored_facts") or n_edits):
@@ -122,13 +140,7 @@ def scored_cases(run: RunData, n_edits: int) -> list[Case]:
     unedited = read_cases(folder / "cases_edit_0.jsonl")
     if {case["case_id"] for case in cases} <= {case["case_id"] for case in unedited}:
         compare_predictions(cases, unedited)
-    asked = {
-        "generation": summary.get("generation_interval"),
-        "greedy": summary.get("exact_match_facts"),
-        "answers": summary.get("generated_facts"),
-    }
-    unasked = {key for key, count in asked.items() if not count}
-    return [{key: value for key, value in case.items() if key not in unasked} for case in cases]
+    return cases
 
 
 def paired_lines(pairs: Sequence[Pair], kind: str, last: bool = False) -> list[list[str]]:
