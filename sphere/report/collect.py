@@ -32,6 +32,7 @@ from sphere.evaluation.evaluate_run import SUMMARY_NAME
 from sphere.files import read_json
 from sphere.hypersphere import cosine_distribution, hyperspherical_energy
 from sphere.runs.guard_log import read_guard
+from sphere.runs.resolve import chain_of, has_sphere
 from sphere.strength import in_words
 
 BINS = 4000  # of a cosine histogram over [-1, 1]
@@ -76,8 +77,7 @@ class RunData:
 
     @property
     def has_sphere(self) -> bool:
-        rules = self.config.get("rules")
-        return bool(self.config.get("beta_hse")) and (rules is None or "sphere" in rules.split(","))
+        return has_sphere(self.config)
 
     @property
     def kind(self) -> str | None:
@@ -200,7 +200,9 @@ SETTINGS: dict[
     "alpha_budget": lambda run: (
         "" if run.config.get("alpha_budget") is None else f"budget {run.config['alpha_budget']:g}"
     ),
-    "rules": lambda run: f"rules {run.config['rules']}" if run.config.get("rules") is not None else "",
+    "rules": lambda run: (
+        "" if (chain := chain_of(run.config)) is None else f"rules {','.join(chain) or 'none'}"
+    ),
     "directions": lambda run: (
         "" if run.config.get("directions", "current") == "current" else "original directions"
     ),

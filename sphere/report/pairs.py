@@ -19,6 +19,7 @@ from sphere.evaluation.paired import paired_differences
 from sphere.evaluation.scoring import Case, compare_predictions
 from sphere.evaluation.summary import COLUMNS, GENERATION
 from sphere.report.collect import RunData
+from sphere.runs.resolve import chain_of
 
 UNITS = "run minus reference, in percentage points, fluency in bits; intervals: percentile bootstrap over facts, 95 %"
 # What a run is decided by beside the hook and the rules; see `sphere.runs.run`.
@@ -97,8 +98,7 @@ def _decided(config: Mapping[str, Any]) -> str:
 
 def is_plain(run: RunData) -> bool:
     """The method as it is published, without SPHERE."""
-    own = run.config.get("rules"), run.config.get("hparams", {}).get("rules")
-    return not run.config.get("beta_hse") and own == (None, None)
+    return not run.config.get("beta_hse") and chain_of(run.config) is None
 
 
 def _differences(reference: RunData, run: RunData) -> list[dict[str, Any]]:

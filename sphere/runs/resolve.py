@@ -6,9 +6,11 @@ Knows names and paths, and is imported without PyTorch. Loads no model, writes n
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from sphere.errors import SphereError
 from sphere.resources import find
@@ -26,9 +28,27 @@ def hparams_path(config: RunConfig) -> Path:
 
 def rules_of(config: RunConfig) -> list[str] | None:
     """The names of a run's update rules; None: the method's own."""
-    return (
-        None if config.rules is None else [name.strip() for name in config.rules.split(",") if name.strip()]
-    )
+    return _names(config.rules)
+
+
+def _names(rules: str | None) -> list[str] | None:
+    return None if rules is None else [name.strip() for name in rules.split(",") if name.strip()]
+
+
+def chain_of(stored: Mapping[str, Any]) -> list[str] | None:
+    """The names of a run's update rules by its `run.json`, or by a job's settings; None: the method's own.
+
+    What `rules` says goes before the hyperparameters, as in `sphere.methods.chosen_rules`.
+    """
+    given = _names(stored.get("rules"))
+    of_its_file = (stored.get("hparams") or {}).get("rules")
+    return (list(of_its_file or ()) or None) if given is None else given
+
+
+def has_sphere(stored: Mapping[str, Any]) -> bool:
+    """Whether a run's updates pass the SPHERE hook, by the same; every method's own rules have it."""
+    chain = chain_of(stored)
+    return bool(stored.get("beta_hse")) and (chain is None or "sphere" in chain)
 
 
 def folder_of(config: RunConfig) -> Path:

@@ -39,6 +39,7 @@ from sphere.renamed import by_new_names
 from sphere.runs.config import PROGRAM, RunConfig, settings
 from sphere.runs.folder import JOB_NAME
 from sphere.runs.job import SCORING, UNNAMED, Job
+from sphere.runs.resolve import has_sphere
 from sphere.runs.run import execute
 
 log = logging.getLogger(__name__)
@@ -244,16 +245,20 @@ def _label(rows: Sequence[dict[str, Any]]) -> None:
     with_and_without = len({row["beta_hse"] for row in rows}) == 2 and any(
         not row["beta_hse"] for row in rows
     )
-    if with_and_without:
-        differing.remove("beta_hse")
-    for row in rows:
-        hook = ["+ SPHERE"] if with_and_without and row["beta_hse"] and _has_sphere(row["rules"]) else []
-        row["label"] = " ".join([row["alg_name"], *hook, *(word(key, row[key]) for key in differing)])
+    # A job's settings have the hyperparameters, and so the rules that these name.
+    jobs = [_read_job(Path(row["folder"]) / JOB_NAME)["settings"] for row in rows] if with_and_without else []
+    hooks = ["+ SPHERE" if has_sphere(settings) else "" for settings in jobs] or [""] * len(rows)
 
+    def labels(keys: Sequence[str]) -> list[str]:
+        named = zip(rows, hooks, strict=True)
+        parts = [[row["alg_name"], hook, *(word(key, row[key]) for key in keys)] for row, hook in named]
+        return [" ".join(filter(None, words)) for words in parts]
 
-def _has_sphere(rules: str | None) -> bool:
-    """Whether a chain of rules by name has the hook; every method's own has it."""
-    return rules is None or "sphere" in [name.strip() for name in rules.split(",")]
+    found = labels([key for key in differing if key != "beta_hse" or not with_and_without])
+    if len(set(found)) < len(rows):  # rules without the hook, whatever its beta_hse
+        found = labels(differing)
+    for row, label in zip(rows, found, strict=True):
+        row["label"] = label
 
 
 def format_sweep(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:

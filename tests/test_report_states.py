@@ -1,0 +1,77 @@
+"""What a report says of runs whose scores end before their edits, of their rules, and how they are made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_runs import fake_run
+
+from sphere.checkpoints import read_config, write_config
+from sphere.files import write_json
+from sphere.report.collect import load_runs
+from sphere.report.pairs import is_plain
+from sphere.report.tables import overview
+from sphere.runs.config import RunConfig
+from sphere.runs.job import Job
+from sphere.runs.sweep import collect
+
+ALONE = {"scored": False, "downstream": False, "batches": 1}
+
+
+def described(folder: Path, **changes: Any) -> Path:
+    """The run with other entries in its run.json."""
+    write_config(folder, read_config(folder) | changes)
+    return folder
+
+
+# ---- rules ----
+
+
+@pytest.mark.parametrize(
+    ("rules", "of_the_file", "beta_hse", "hook", "plain"),
+    [
+        (None, None, 0.5, True, False),
+        (None, None, 0, False, True),
+        (None, ["revive"], 0.5, False, False),
+        (None, ["rect", "sphere"], 0.5, True, False),
+        ("rect, sphere", None, 0.5, True, False),
+        ("rect,sphere", ["revive"], 0.5, True, False),  # the run's own go before the file's
+        ("", ["sphere"], 0.5, False, False),
+        ("rect, sphere", None, 0, False, False),
+    ],
+)
+def test_sphere_is_what_the_rules_say(tmp_path, rules, of_the_file, beta_hse, hook, plain) -> None:
+    folder = fake_run(tmp_path, "MEMIT", beta_hse, rules=rules, **ALONE)
+    hparams = read_config(folder)["hparams"] | ({"rules": of_the_file} if of_the_file else {})
+    (run,) = load_runs([described(folder, hparams=hparams)])
+    assert run.label == ("MEMIT + SPHERE" if hook else "MEMIT")
+    head, row = overview([run]).lines
+    assert (row[head.index("β")], row[head.index("α")]) == (("0.5", "0.8") if hook else ("-", "-"))
+    assert is_plain(run) == plain
+
+
+def test_rules_of_the_file_tell_runs_apart(tmp_path: Path) -> None:
+    plain, revive = (fake_run(tmp_path / name, "MEMIT", b, **ALONE) for name, b in (("p", 0), ("r", 0.5)))
+    described(revive, hparams=read_config(revive)["hparams"] | {"rules": ["revive"]})
+    assert [run.label for run in load_runs([plain, revive])] == ["MEMIT", "MEMIT, rules revive"]
+
+
+def test_a_sweep_says_so_too(tmp_path: Path) -> None:
+    (tmp_path / "hparams" / "MEMIT").mkdir(parents=True)
+    (tmp_path / "hparams" / "MEMIT" / "own.json").write_text(json.dumps({"rules": ["revive"]}))
+    for beta, rules in (0.0, None), (0.5, None), (0.5, "rect, sphere"):
+        places = {"output_dir": str(tmp_path), "hparams_dir": str(tmp_path / "hparams")}
+        own = {"alg_name": "MEMIT", "hparams_fname": "own.json", "beta_hse": beta, "rules": rules}
+        job = Job(RunConfig(**places, **own))
+        job.folder.mkdir(parents=True)
+        content = {"status": "failed", "error": "x", "seconds": 0.0, "settings": job.settings}
+        write_json(job.folder / "job.json", content)
+    labels = [row["label"] for row in collect(tmp_path)]
+    assert labels == [
+        "MEMIT beta_hse=0 rules=None",
+        "MEMIT beta_hse=0.5 rules=None",
+        "MEMIT + SPHERE beta_hse=0.5 rules=rect, sphere",
+    ]
