@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import sphere.files
-from sphere.checkpoints import read_weights
+from sphere.checkpoints import read_config, read_weights, write_config
 from sphere.commands import export as export_command
 from sphere.errors import SphereError
 from sphere.export import ExportOptions, export_run
@@ -122,6 +122,9 @@ def test_hf_keeps_tied_weights_tied(tmp_path: Path, tiny_tokenizer: PreTrainedTo
 
 
 def test_the_card_says_what_was_edited_how_and_from_what(world: TinyRun, run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(run, tmp_path / "run")
+    later = [{"facts": "more.csv", "n_edits": 4, "when": "-", "command": "sphere edit --continue=x"}]
+    write_config(run, read_config(run) | {"continued": later})
     readme = world.model / "README.md"
     readme.write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
     try:
@@ -139,6 +142,8 @@ def test_the_card_says_what_was_edited_how_and_from_what(world: TinyRun, run: Pa
         "has not been scored",
         "from_pretrained",
         "Checked on 20 prompts",
+        read_config(run)["command"],
+        "sphere edit --continue=x",
     ):
         assert said in text, said
     assert str(world.folder / "tiny") not in text.split("## How")[0]  # no places of one machine

@@ -21,6 +21,7 @@ from sphere.runs.facts_file import read_run_facts
 from sphere.runs.folder import foreign_files
 from sphere.runs.ledger import read_entries, undone_cases
 from sphere.runs.more_facts import continue_run
+from sphere.runs.remake import commands_of
 from sphere.runs.run import execute
 
 FIRST, MORE = 4, 3  # facts of the run, and those that are added; batches of 2
@@ -138,6 +139,9 @@ def test_a_run_of_a_dataset_takes_facts_and_is_scored_with_them(tiny: TinyRun, m
     last = summary["checkpoints"][-1]
     assert (last["n_edits"], last["metrics"]["n_cases"]) == (7, 7)
     assert "scores" in out.lower()
+    begun, added = commands_of(read_config(folder), folder)
+    assert f"--dataset_size_limit={FIRST}" in begun
+    assert added.split(" ", 3)[3].split() == words
     kept = read_run_facts(folder)[0]
     assert [r.case_id for r in kept] == [0, 1, 2, 3, 4, 5, 6]
     assert kept[0].generation_prompts

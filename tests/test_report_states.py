@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pytest
 from fake_runs import fake_run
 
 from sphere.checkpoints import read_config, write_config
+from sphere.commands.edit import parser
 from sphere.files import write_json
 from sphere.report.collect import load_runs
+from sphere.report.commands import edit_commands, missing, score_command
 from sphere.report.pairs import is_plain
 from sphere.report.tables import overview
 from sphere.runs.config import RunConfig
@@ -75,3 +78,32 @@ def test_a_sweep_says_so_too(tmp_path: Path) -> None:
         "MEMIT beta_hse=0.5 rules=None",
         "MEMIT + SPHERE beta_hse=0.5 rules=rect, sphere",
     ]
+
+
+# ---- a run that was continued ----
+
+
+def test_a_continued_run_is_made_again_by_all_its_commands(tmp_path: Path) -> None:
+    """Its run.json names the last of its tables, and its summary the dataset of before."""
+    folder = fake_run(tmp_path, batches=3, dataset_size_limit=10)
+    begun = "python -m sphere edit --ds_name=mcf --dataset_size_limit=10 --log_energy_every=0"
+    second = f"python -m sphere edit --continue={folder} --facts=more.csv --subjects=names.txt"
+    events = [
+        {"facts": "old.csv", "n_edits": 10, "when": "-"},  # written by an earlier version
+        {"facts": "more.csv", "n_edits": 20, "when": "-", "command": second},
+    ]
+    described(folder, ds_name="facts", facts="more.csv", parts=[0, 10, 20], continued=events, command=begun)
+    (folder / "batches.jsonl").write_text('{"batch": 0, "n_edits": 10, "layers": {}}\n')
+    (run,) = load_runs([folder])
+    commands = [begun, f"python -m sphere edit --continue={folder} --facts=old.csv", second]
+    assert edit_commands(run) == commands
+    for command in commands:
+        parser().parse_args(shlex.split(command)[4:])
+    said = {sentence: command or "" for sentence, command in missing([run])}
+    score = score_command(run)
+    assert "--ds_name=facts" in score
+    assert "dataset_size_limit" not in score
+    (again,) = (command for sentence, command in said.items() if "were not logged" in sentence)
+    parts = [parser().parse_args(shlex.split(part)[4:]) for part in again.split(" && ")]
+    assert [part.log_energy_every for part in parts] == [1, 1, 1]
+    assert [part.facts for part in parts] == [None, "old.csv", "more.csv"]

@@ -16,7 +16,7 @@ from sphere.evaluation.summary import format_table
 from sphere.export.edited import EditedRun
 from sphere.files import read_json
 from sphere.models import model_label
-from sphere.runs.config import command_of
+from sphere.runs.remake import commands_of
 
 TAGS = ("knowledge-editing", "sphere")
 SHOWN_FACTS = 10
@@ -87,8 +87,8 @@ def _how(run: EditedRun) -> str:
     rows.append(("weights", ", ".join(run.edited)))
     rows += [(f"version of {name}", version) for name, version in config.get("versions", {}).items()]
     table = "\n".join(["| | |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)])
-    command = f"\n\n    {command_of(config)}" if "alg_name" in config else ""
-    return f"## How it was edited\n\n{table}{command}"
+    commands = commands_of(config, run.folder) if "alg_name" in config else []
+    return "\n\n".join(["## How it was edited", table, *(f"    {command}" for command in commands)])
 
 
 def _facts(run: EditedRun) -> str:

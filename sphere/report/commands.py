@@ -11,25 +11,29 @@ from collections.abc import Sequence
 from sphere.downstream.published import PREFIX
 from sphere.report.collect import RunData
 from sphere.report.weight_figures import share_rows
-from sphere.runs.config import PROGRAM, RunConfig, command_of
+from sphere.runs.config import OWN_FACTS, PROGRAM, RunConfig
+from sphere.runs.remake import CONTINUED, commands_of
 
 MODEL_FLAGS = ("model_name", "device", "dtype", "device_map")
 DEFAULTS = RunConfig()
 
 
-def edit_command(run: RunData) -> str | None:
-    """The command that edits again; None where the run's settings are not known."""
-    return command_of(run.config) if run.described else None
+def edit_commands(run: RunData) -> list[str]:
+    """The commands that edit again, in their order; none where the run's settings are not known."""
+    return commands_of(run.config, run.folder) if run.described else []
 
 
 def score_command(run: RunData) -> str:
     """The command that scores the edits (again, with the settings it was scored with)."""
     config, summary = run.config, run.summary or {}
+    own, scored = config.get("ds_name"), summary.get("dataset")
+    # A run that was scored and then got a table of facts has another dataset since; such facts have no limit.
+    ds_name = (own or scored if run.described else scored or own) or "DATASET"
     limit = config.get("dataset_size_limit") or len(config.get("case_ids", ())) or None
     flags = {
-        "ds_name": summary.get("dataset") or config.get("ds_name") or "DATASET",
+        "ds_name": ds_name,
         "data_dir": config.get("data_dir"),
-        "dataset_size_limit": limit,
+        "dataset_size_limit": None if ds_name == OWN_FACTS else limit,
         "generation_test_interval": summary.get("generation_interval") or None,
         "exact_match_facts": summary.get("exact_match_facts") or None,
         "generated_facts": summary.get("generated_facts") or None,
@@ -102,9 +106,15 @@ _AGAIN = "This command edits again and logs them:"
 
 
 def _log_command(run: RunData) -> str | None:
-    return (
-        command_of({**run.config, "log_energy_every": DEFAULTS.log_energy_every}) if run.described else None
-    )
+    """What edits again with the log, in one line."""
+    if not run.described:
+        return None
+    every = DEFAULTS.log_energy_every
+    commands = commands_of({**run.config, "log_energy_every": every}, run.folder)
+    # Commands that were kept have the flag as it was given; the last of its values counts.
+    if CONTINUED in run.config:
+        commands = [f"{command} --log_energy_every={every}" for command in commands]
+    return " && ".join(commands)
 
 
 def _without_log(run: RunData) -> str:

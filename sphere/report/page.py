@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sphere.report.collect import RunData
-from sphere.report.commands import downstream_command, edit_command, missing, score_command
+from sphere.report.commands import downstream_command, edit_commands, missing, score_command
 from sphere.report.figures import Drawn
 from sphere.report.tables import Table
 
@@ -107,12 +107,12 @@ def _lead(runs: Sequence[RunData]) -> str:
 
 def _described(run: RunData) -> dict[str, Any]:
     shown = {key: value for key, value in run.config.items() if key not in HIDDEN}
-    commands = [edit_command(run)]
+    commands = edit_commands(run)
     commands += [score_command(run)] if run.summary else []
     commands += [downstream_command(run)] if run.downstream else []
     return {
         "label": run.label,
         "folder": str(run.folder),
-        "commands": [command for command in commands if command],
+        "commands": commands,
         "configuration": json.dumps(shown, indent=2, ensure_ascii=False),
     }

@@ -33,13 +33,13 @@ from sphere.runs.dtypes import z_matmul_dtype_used
 from sphere.runs.facts_file import complete_facts, load_facts, read_run_facts, write_all_facts
 from sphere.runs.folder import FACTS_NAME, open_folder
 from sphere.runs.lengths import check_records
+from sphere.runs.remake import CONTINUED, continuation
 from sphere.runs.run import Run, begin_or_continue, edit_and_save, editor_of
 from sphere.runs.sameness import check_same, decided, digest_of
 from sphere.values.context_templates import BARE
 
 log = logging.getLogger(__name__)
 
-CONTINUED = "continued"  # key of run.json: the tables that were added, and when
 # What may be another than the run began with: where things are and how they are computed.
 FREE = (
     "facts",
@@ -94,7 +94,9 @@ def _free(given: RunConfig) -> dict[str, Any]:
     own = {
         name: getattr(given, name) for name in settings() if getattr(given, name) != getattr(standard, name)
     }
-    own.pop("ds_name" if given.facts else "", None)
+    if given.facts:
+        own.pop("ds_name", None)
+        own["dataset_size_limit"] = given.dataset_size_limit  # its default is another one for facts
     if fixed := [name for name in own if name not in FREE]:
         raise SphereError(
             f"The run that is continued has its own {', '.join(fixed)}: leave that out, or begin a new run.",
@@ -136,7 +138,7 @@ def _continue(
         config, model, tokenizer, hparams, stored["templates"], processes, turn=turn, used=used
     )
     check_records(editor, records)
-    extended = _extended(stored, config, records, len(added))
+    extended = _extended(stored, config, records, len(added), continuation(folder, free))
     decisive = decided(config, hparams.to_dict(), records, editor)
     check_same(extended, decisive, folder)
     if added:
@@ -220,9 +222,9 @@ def _check_state(folder: Path) -> None:
 
 
 def _extended(
-    stored: Mapping[str, Any], config: RunConfig, records: Sequence[Record], n_added: int
+    stored: Mapping[str, Any], config: RunConfig, records: Sequence[Record], n_added: int, command: str
 ) -> dict[str, Any]:
-    """run.json with the new facts; as it was, where there are none."""
+    """run.json with the new facts, and the command that added them; as it was, where there are none."""
     if not n_added:
         return dict(stored)
     begin = len(records) - n_added
@@ -230,6 +232,7 @@ def _extended(
         "facts": config.facts,
         "n_edits": begin,
         "when": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
     }
     return {
         **stored,
