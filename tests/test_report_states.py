@@ -12,11 +12,15 @@ from fake_runs import fake_run
 
 from sphere.checkpoints import read_config, write_config
 from sphere.commands.edit import parser
-from sphere.files import write_json
-from sphere.report.collect import load_runs
-from sphere.report.commands import edit_commands, missing, score_command
+from sphere.evaluation.summary import cell, percent
+from sphere.files import read_json, write_json
+from sphere.report.collect import RunData, load_runs, measure
+from sphere.report.commands import edit_commands, missing
+from sphere.report.figures import looks, retention
 from sphere.report.pairs import is_plain
-from sphere.report.tables import overview
+from sphere.report.style import drawing
+from sphere.report.tables import overview, tables, thirds
+from sphere.report.weight_figures import cosines
 from sphere.runs.config import RunConfig
 from sphere.runs.job import Job
 from sphere.runs.sweep import collect
@@ -24,10 +28,71 @@ from sphere.runs.sweep import collect
 ALONE = {"scored": False, "downstream": False, "batches": 1}
 
 
+def scored_up_to(folder: Path, n_edits: int) -> Path:
+    """The run, without the results of later checkpoints."""
+    path = folder / "summary" / "summary.json"
+    summary = read_json(path, "summary")
+    rows = [row for row in summary["checkpoints"] if row["n_edits"] <= n_edits]
+    write_json(path, summary | {"checkpoints": rows})
+    path = folder / "rect_eval" / "summary.json"
+    states = read_json(path, "summary")["checkpoints"]
+    states = {name: state for name, state in states.items() if state["n_edits"] <= n_edits}
+    write_json(path, {"num_tests": 50, "checkpoints": states})
+    return folder
+
+
+def loaded(*folders: Path) -> list[RunData]:
+    runs = load_runs(folders)
+    measure(runs, progress=False)
+    return runs
+
+
 def described(folder: Path, **changes: Any) -> Path:
     """The run with other entries in its run.json."""
     write_config(folder, read_config(folder) | changes)
     return folder
+
+
+# ---- scores of an earlier checkpoint ----
+
+
+def test_a_row_is_of_one_state_and_says_which(tmp_path: Path) -> None:
+    (run,) = loaded(scored_up_to(fake_run(tmp_path, batches=3), 10))
+    head, row = overview([run]).lines
+    cells = dict(zip(head, row, strict=True))
+    change = sum(run.energy_changes[10].values()) / 2
+    assert cells["edits"] == "30"
+    assert cells["score (%)"] == cell(run.rows[1]["metrics"]["score"]) + " after 10"
+    assert cells["energy change"] == percent(change) + " after 10"
+    assert thirds([run], "").lines[1][:2] == [run.label, "10"]
+    titles = [table.title for table in tables([run])]
+    assert not [title for title in titles if "after all edits" in title or "last edit" in title]
+    with drawing():
+        drawn = retention([run], looks([run]), "")
+        assert drawn is not None
+        assert drawn.figure.axes[0].get_legend_handles_labels()[1] == [f"{run.label}, after 10 edits"]
+        assert "all edits" not in drawn.title + drawn.figure.axes[0].get_ylabel()
+
+
+def test_what_is_not_scored_to_the_end_is_missing(tmp_path: Path) -> None:
+    (run,) = loaded(scored_up_to(fake_run(tmp_path, batches=3), 10))
+    (scores, score), (tasks, downstream) = missing([run])
+    assert "its scores end at 10 of 30 edits" in scores
+    assert "its downstream results end at 10 of 30 edits" in tasks
+    assert {"--ds_name=mcf", "--only_checkpoints=10,last"} <= set(shlex.split(score or ""))
+    assert "--only_checkpoints=last" in shlex.split(downstream or "")
+    assert not missing(loaded(fake_run(tmp_path / "whole", batches=1)))
+
+
+def test_a_run_whose_later_weights_were_removed_has_its_edits(tmp_path: Path) -> None:
+    folder = fake_run(tmp_path, batches=3)
+    for n_edits in (20, 30):
+        (folder / f"edit_{n_edits}.safetensors").unlink()
+    (run,) = loaded(folder)
+    assert run.n_edits == run.scored_edits == 30
+    assert not missing([run])
+    with drawing():
+        assert cosines([run], looks([run])) is not None
 
 
 # ---- rules ----
@@ -85,7 +150,7 @@ def test_a_sweep_says_so_too(tmp_path: Path) -> None:
 
 def test_a_continued_run_is_made_again_by_all_its_commands(tmp_path: Path) -> None:
     """Its run.json names the last of its tables, and its summary the dataset of before."""
-    folder = fake_run(tmp_path, batches=3, dataset_size_limit=10)
+    folder = scored_up_to(fake_run(tmp_path, batches=3, dataset_size_limit=10), 10)
     begun = "python -m sphere edit --ds_name=mcf --dataset_size_limit=10 --log_energy_every=0"
     second = f"python -m sphere edit --continue={folder} --facts=more.csv --subjects=names.txt"
     events = [
@@ -94,13 +159,13 @@ def test_a_continued_run_is_made_again_by_all_its_commands(tmp_path: Path) -> No
     ]
     described(folder, ds_name="facts", facts="more.csv", parts=[0, 10, 20], continued=events, command=begun)
     (folder / "batches.jsonl").write_text('{"batch": 0, "n_edits": 10, "layers": {}}\n')
-    (run,) = load_runs([folder])
+    (run,) = loaded(folder)
     commands = [begun, f"python -m sphere edit --continue={folder} --facts=old.csv", second]
     assert edit_commands(run) == commands
     for command in commands:
         parser().parse_args(shlex.split(command)[4:])
     said = {sentence: command or "" for sentence, command in missing([run])}
-    score = score_command(run)
+    (score,) = (command for sentence, command in said.items() if "its scores end at 10 of 30" in sentence)
     assert "--ds_name=facts" in score
     assert "dataset_size_limit" not in score
     (again,) = (command for sentence, command in said.items() if "were not logged" in sentence)

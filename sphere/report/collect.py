@@ -96,8 +96,14 @@ class RunData:
 
     @property
     def n_edits(self) -> int:
-        """Edits up to the last checkpoint, or the last scored one where the weights are gone."""
-        return self.checkpoints[-1].n_edits if self.checkpoints else self.rows[-1]["n_edits"]
+        """Edits up to the last checkpoint, or up to the last scored one where its weights are gone."""
+        states = [checkpoint.n_edits for checkpoint in self.checkpoints] + [r["n_edits"] for r in self.rows]
+        return max(states)
+
+    @property
+    def scored_edits(self) -> int:
+        """Edits up to the last checkpoint that is scored, which need not be the last one; 0 where none is."""
+        return self.scored[-1]["n_edits"] if self.scored else 0
 
     @property
     def has_original(self) -> bool:

@@ -23,8 +23,12 @@ def edit_commands(run: RunData) -> list[str]:
     return commands_of(run.config, run.folder) if run.described else []
 
 
-def score_command(run: RunData) -> str:
-    """The command that scores the edits (again, with the settings it was scored with)."""
+def score_command(run: RunData, only: str | None = None) -> str:
+    """The command that scores the edits (again, with the settings it was scored with).
+
+    Args:
+        only: the checkpoints that it scores, as `--only_checkpoints` names them; None: all.
+    """
     config, summary = run.config, run.summary or {}
     own, scored = config.get("ds_name"), summary.get("dataset")
     # A run that was scored and then got a table of facts has another dataset since; such facts have no limit.
@@ -40,12 +44,13 @@ def score_command(run: RunData) -> str:
         "scored_facts": summary.get("scored_facts") or None,
         "judge": summary.get("judge"),
         "seed": summary.get("seed") or None,
+        "only_checkpoints": only,
     }
     return _evaluate(run, flags)
 
 
-def downstream_command(run: RunData) -> str:
-    """The command that runs the downstream tasks (again)."""
+def downstream_command(run: RunData, only: str | None = None) -> str:
+    """The command that runs the downstream tasks (again); `only` as for `score_command`."""
     downstream = run.downstream or {}
     names = [name for entry in downstream.get("checkpoints", {}).values() for name in entry.get("tasks", {})]
     published = bool(names) and all(name.startswith(PREFIX) for name in names)
@@ -53,6 +58,7 @@ def downstream_command(run: RunData) -> str:
         "data_dir": run.config.get("data_dir"),
         "num_tests": downstream.get("num_tests"),
         "task_format": "published" if published else None,
+        "only_checkpoints": only,
     }
     return _evaluate(run, flags)
 
@@ -75,9 +81,21 @@ def missing(runs: Sequence[RunData]) -> list[tuple[str, str | None]]:
             notes.append(
                 (f"{run.label}: the edits are not scored yet. This command scores them:", score_command(run))
             )
+        elif run.scored_edits < run.n_edits:
+            text = (
+                f"{run.label}: its scores end at {run.scored_edits} of {run.n_edits} edits. This command scores the "
+                "last checkpoint, too:"
+            )
+            notes.append((text, score_command(run, _with_the_last(run))))
         if run.downstream is None:
             text = f"{run.label}: the downstream tasks have not been run. This command runs them:"
             notes.append((text, downstream_command(run)))
+        elif run.checkpoints and (done := _downstream_edits(run)) < (last := run.checkpoints[-1].n_edits):
+            text = (
+                f"{run.label}: its downstream results end at {done} of {last} edits. This command runs the tasks on "
+                "the last checkpoint, too:"
+            )
+            notes.append((text, downstream_command(run, "last")))
         if not run.batches:
             notes.append((f"{run.label}: {_without_log(run)}", None))
         elif not share_rows(run):
@@ -115,6 +133,18 @@ def _log_command(run: RunData) -> str | None:
     if CONTINUED in run.config:
         commands = [f"{command} --log_energy_every={every}" for command in commands]
     return " && ".join(commands)
+
+
+def _with_the_last(run: RunData) -> str:
+    """The checkpoints that are scored, and the last one, as `--only_checkpoints` names them."""
+    there = {checkpoint.n_edits for checkpoint in run.checkpoints}
+    return ",".join([*(str(row["n_edits"]) for row in run.scored if row["n_edits"] in there), "last"])
+
+
+def _downstream_edits(run: RunData) -> int:
+    """Edits of the last checkpoint that the downstream tasks were run on; 0: none."""
+    entries = run.downstream["checkpoints"].values() if run.downstream else ()
+    return max((int(entry.get("n_edits", 0)) for entry in entries), default=0)
 
 
 def _without_log(run: RunData) -> str:

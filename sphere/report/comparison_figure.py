@@ -44,7 +44,8 @@ def comparison_figure(board: Board, boards: Sequence[Board]) -> Drawn | None:
         f", and paired differences to {reference} over the same facts and seeds in percentage points (right)"
     )
     caption = (
-        "Scores after the last edit, mean over facts and seeds (dotted: the unedited model)"
+        "Scores at the last checkpoint that is scored for all seeds, mean over facts and seeds (dotted: the unedited "
+        "model)"
         f"{beside if differences else ''}. Bars: 95 % bootstrap intervals over facts and, where there are several, "
         "seeds."
     )

@@ -192,7 +192,7 @@ def energy_against_score(runs: Sequence[RunData], look: dict[str, Style], suffix
 
 
 def retention(runs: Sequence[RunData], look: dict[str, Style], suffix: str) -> Drawn | None:
-    """Score of the last checkpoint by when a fact was edited."""
+    """Score of the last scored checkpoint by when a fact was edited."""
     shown = [run for run in runs if any(third.get("score") for third in _last_thirds(run).values())]
     if not shown:
         return None
@@ -201,25 +201,27 @@ def retention(runs: Sequence[RunData], look: dict[str, Style], suffix: str) -> D
         thirds = _last_thirds(run)
         x = [i for i, name in enumerate(THIRDS) if thirds.get(name, {}).get("score")]
         entries = [thirds[THIRDS[i]]["score"] for i in x]
+        ended = run.scored_edits == run.n_edits
         intervals(
             axes,
             x,
             entries,
-            run.label,
+            run.label if ended else f"{run.label}, after {run.scored_edits} edits",
             look[run.label],
             position,
             len(shown),
             span=min(0.07 * len(shown), 0.5),
         )
-    label_axes(axes, "When the fact was edited", "Score after all edits (%)")
+    label_axes(axes, "When the fact was edited", "Score (%)")
     axes.set_xticks(range(len(THIRDS)), [f"{name} third" for name in THIRDS])
     axes.set_ylim(*percent_limits(axes))
     legend(figure)
     caption = (
-        "The last checkpoint's score, split by when a fact was edited: a first third below the last one is forgetting. "
-        "Bars: 95 % bootstrap interval over the facts."
+        "The last checkpoint's score (where a number of edits is named: that of the last one that is scored), split "
+        "by when a fact was edited: a first third below the last one is forgetting. Bars: 95 % bootstrap interval over "
+        "the facts."
     )
-    title = f"Retention: score after all edits by time of editing{suffix}"
+    title = f"Retention: score by time of editing{suffix}"
     return Drawn(f"retention{slug(suffix)}", title, caption, figure)
 
 

@@ -81,7 +81,7 @@ def tables(runs: Sequence[RunData], pairs: Sequence[Pair] = (), boards: Sequence
 
 
 def overview(runs: Sequence[RunData]) -> Table:
-    """One line per run: what it is, and its state after the last edit."""
+    """One line per run: what it is, and its state after the last edit, or the last one that is scored."""
     described = {
         "model": lambda run: run.model,
         "dataset": lambda run: str(run.config.get("ds_name", "-")),
@@ -91,23 +91,25 @@ def overview(runs: Sequence[RunData]) -> Table:
         "α": lambda run: _setting(run, "alpha", "alpha", ".2f") if run.has_sphere else "-",
     }
     # What is the same for all runs stands in the page's first sentence; it need not fill a column.
-    shown = {
+    columns = {
         head: say
         for head, say in described.items()
         if head not in ("model", "dataset") or len({say(run) for run in runs}) > 1
     }
-    lines = [["run", *shown, "s / batch", "score (%)", "energy change", "principal share (%)"]]
+    lines = [["run", *columns, "s / batch", "score (%)", "energy change", "principal share (%)"]]
     for run in runs:
         seconds = [batch["seconds"] for batch in run.batches if "seconds" in batch]
-        changes = run.energy_changes.get(run.n_edits)
+        shown = run.scored_edits or run.n_edits
+        changes = run.energy_changes.get(shown)
+        after = f" after {shown}" if shown < run.n_edits else ""  # score and energy are of one state
         shares = share_rows(run)
         lines.append(
             [
                 run.label,
-                *(say(run) for say in shown.values()),
+                *(say(run) for say in columns.values()),
                 f"{np.median(seconds):.1f}" if seconds else "-",
-                cell(run.scored[-1]["metrics"]["score"]) if run.scored else "-",
-                percent(fmean(changes.values())) if changes else "-",
+                cell(run.scored[-1]["metrics"]["score"]) + after if run.scored else "-",
+                percent(fmean(changes.values())) + after if changes else "-",
                 _shares(shares) if shares else "-",
             ]
         )
@@ -115,9 +117,10 @@ def overview(runs: Sequence[RunData]) -> Table:
         "Runs",
         lines,
         note="β and α: cumulative ratio and strength of the SPHERE hook; where auto chose them, the least and the "
-        "largest r and α of all batches and weights. s / batch: median seconds. Score after the "
-        "last edit with its 95 % bootstrap interval. Energy change: mean over the edited weights, after the last edit; "
-        "ppm: parts per million. Principal share of the updates: before the hook → as written, mean over batches.",
+        "largest r and α of all batches and weights. s / batch: median seconds. Score with its 95 % bootstrap "
+        "interval, and energy change, mean over the edited weights: after the run's edits, or after as many as they "
+        "name, where its scores end earlier; ppm: parts per million. Principal share of the updates: before the hook → "
+        "as written, mean over batches.",
     )
 
 
@@ -136,7 +139,7 @@ def _shares(rows: Sequence[tuple[int, float, float]]) -> str:
 
 
 def scores(runs: Sequence[RunData], suffix: str) -> list[Table]:
-    """The unedited model and the last checkpoints; every checkpoint on demand."""
+    """The unedited model and the last scored checkpoints; every one on demand."""
     last, every = [], []
     for run in runs:
         unedited = [row | {"label": "unedited model"} for row in run.rows if not row["n_edits"]]
@@ -150,10 +153,12 @@ def scores(runs: Sequence[RunData], suffix: str) -> list[Table]:
         "directions (0: as before, 1: orthogonal to them) and norm of the change are means over the edited weights."
     )
     section = f"score{suffix}"
-    made = [Table("Scores after the last edit", _named("run", table_lines(last)), section, note)]
+    made = [Table("Scores of the last scored checkpoint", _named("run", table_lines(last)), section, note)]
     if len(every) > len(last):
         made.append(
-            Table("Scores of every checkpoint", _named("run", table_lines(every)), section, folded=True)
+            Table(
+                "Scores of every scored checkpoint", _named("run", table_lines(every)), section, folded=True
+            )
         )
     further = (
         "Teacher-forced: the model is shown the answer's first tokens. Generated: it is shown the prompt alone, and "
@@ -175,9 +180,9 @@ def compared(board: Board, boards: Sequence[Board]) -> list[Table]:
     """Configurations whatever their seed, and their paired differences."""
     section, suffix = f"comparison{file_suffix(board, boards)}", suffix_of(board, boards)
     note = (
-        "After the last edit; percent, means over facts and seeds. Intervals: 95 %, facts and (where there are "
-        "several) seeds drawn. Between seeds: sample standard deviation of the runs' scores. Perplexity and what is "
-        "said of the weights: means over seeds."
+        "At the last checkpoint that is scored for all seeds; percent, means over facts and seeds. Intervals: 95 %, "
+        "facts and (where there are several) seeds drawn. Between seeds: sample standard deviation of the runs' "
+        "scores. Perplexity and what is said of the weights: means over seeds."
     )
     of_differences = (
         "Percentage points, over the same facts and the same seeds of both. 95 % intervals of the paired difference, "
@@ -196,7 +201,7 @@ def paired(pairs: Sequence[Pair], kind: str, suffix: str) -> list[Table]:
         "Run minus reference in percentage points, over the facts that both edited, with 95 % bootstrap intervals of "
         "the paired difference: one that leaves out 0 is not chance in the choice of facts."
     )
-    made = [Table("Paired differences after the last edit", last, f"paired{suffix}", note)]
+    made = [Table("Paired differences at the last common checkpoint", last, f"paired{suffix}", note)]
     if len(every) > len(last):
         made.append(Table("Paired differences at every checkpoint", every, f"paired{suffix}", folded=True))
     return made
@@ -208,13 +213,16 @@ def _named(first: str, lines: list[list[str]]) -> list[list[str]]:
 
 
 def thirds(runs: Sequence[RunData], suffix: str) -> Table:
-    """Scores of the last checkpoint by when a fact was edited."""
-    lines = [["run", *(f"{name} third" for name in THIRDS)]]
+    """Scores of the last scored checkpoint by when a fact was edited."""
+    lines = [["run", "edits", *(f"{name} third" for name in THIRDS)]]
     for run in runs:
         parts = run.scored[-1].get("retention", {}) if run.scored else {}
         if parts:
-            lines.append([run.label, *(cell(parts.get(name, {}).get("score")) for name in THIRDS)])
-    return Table("Score after all edits (%)", lines, f"retention{suffix}")
+            cells = [cell(parts.get(name, {}).get("score")) for name in THIRDS]
+            lines.append([run.label, str(run.scored_edits), *cells])
+    return Table(
+        "Score of the last scored checkpoint by when a fact was edited (%)", lines, f"retention{suffix}"
+    )
 
 
 def correlation(runs: Sequence[RunData], suffix: str) -> Table:
@@ -258,7 +266,7 @@ def spearman(points: Sequence[tuple[float, float]]) -> tuple[float, float] | Non
 
 
 def downstream(runs: Sequence[RunData]) -> list[Table]:
-    """Accuracies of the unedited model and the last checkpoints; of every checkpoint, and other metrics, on demand."""
+    """Accuracies of the first and last states measured; of every one, and other metrics, on demand."""
     names = list(dict.fromkeys(task for run in runs for _, scores in task_rows(run) for task in scores))
     head = ["run", "edits", "n", *(TASK_NAMES.get(name, name) for name in names)]
     last, every, others = [head], [head], [["run", "edits", "task", "metrics"]]
@@ -286,9 +294,9 @@ def downstream(runs: Sequence[RunData]) -> list[Table]:
         last += lines[:1] + lines[1:][-1:]
         every += lines
     note = "Accuracy in percent with its Wilson 95 % interval; n examples of each task. 0 edits: the unedited model."
-    made = [Table("Downstream accuracy before and after all edits", last, "downstream", note)]
+    made = [Table("Downstream accuracy of the first and the last state measured", last, "downstream", note)]
     if len(every) > len(last):
-        made.append(Table("Downstream accuracy of every checkpoint", every, "downstream", folded=True))
+        made.append(Table("Downstream accuracy of every state measured", every, "downstream", folded=True))
     return [*made, Table("Further downstream metrics", others, "downstream", folded=True)]
 
 

@@ -113,7 +113,7 @@ def _layers(row: dict[str, Any], key: str) -> list[float]:
 
 
 def cosines(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | None:
-    """Density of the cosine of pairs of neurons before and after all edits, and the difference of the two."""
+    """Density of the cosine of pairs of neurons before editing and at the last checkpoint, and their difference."""
     shown = [run for run in runs if len(run.cosines) == 2]
     if not shown:
         return None
@@ -129,8 +129,8 @@ def cosines(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | None:
             panels[2 * index].set_title(group[0].model)
     legend(figure)
     caption = (
-        "Cosine similarity of all pairs of neurons, of all edited weights together, before editing and after the last "
-        "edit (above, logarithmic), and what editing changed (below). Wider tails mean that neurons crowd. The "
+        "Cosine similarity of all pairs of neurons, of all edited weights together, before editing and at the last "
+        "checkpoint (above, logarithmic), and what editing changed (below). Wider tails mean that neurons crowd. The "
         "outermost 1 in 10,000 pairs are not shown."
     )
     return Drawn("cosines", "Neuron cosines before and after", caption, figure)
@@ -138,7 +138,7 @@ def cosines(runs: Sequence[RunData], look: dict[str, Style]) -> Drawn | None:
 
 def _cosine_panels(above: Axes, below: Axes, runs: Sequence[RunData], look: dict[str, Style]) -> None:
     before = runs[0].cosines[0]
-    histograms = [before, *(run.cosines[run.n_edits] for run in runs)]
+    histograms = [before, *(run.cosines[max(run.cosines)] for run in runs)]
     edges, (first, *others) = densities(histograms)
     middle = (edges[:-1] + edges[1:]) / 2
     for run, density in zip(runs, others, strict=True):
