@@ -13,6 +13,8 @@ import pytest
 import yaml
 
 from sphere.commands import main
+from sphere.report.comparison import HOOK
+from sphere.runs.config import settings
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -113,6 +115,14 @@ def test_commands_exist(page: Path):
             assert re.search(rf"^{word}:", makefile, re.MULTILINE), f"{page_id(page)} names make {word}"
     for name in SUBCOMMAND.findall(text):
         assert (ROOT / "sphere" / "commands" / f"{name}.py").exists(), f"{page_id(page)} names sphere {name}"
+
+
+def test_lists_of_settings_are_whole():
+    commands, measuring = ((DOCS / f"{name}.md").read_text("utf-8") for name in ("commands", "measuring"))
+    assert [name for name in settings() if f"`--{name}`" not in commands] == []
+    named = re.search(r"settings but for the hook and\s+the rules \(([^)]*)\)", measuring)
+    assert named is not None
+    assert set(re.findall(r"`(\w+)`", named[1])) == set(HOOK)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
