@@ -92,6 +92,27 @@ def test_the_locality_columns_of_others(tmp_path: Path) -> None:
     assert record.neighborhood == (("who wrote Hamlet", "Shakespeare"),)
 
 
+@pytest.mark.parametrize("answers", [["Madrid", None], ["Madrid", float("nan")], '["Madrid", NaN]'])
+def test_a_neighbor_without_an_answer_has_none(tmp_path: Path, answers: object) -> None:
+    neighbors = ["The capital of Spain is", "Lyon is in => France"]
+    record = only(tmp_path, **PARIS, neighborhood=neighbors, neighborhood_answer=answers)
+    assert record.neighborhood == (("The capital of Spain is", "Madrid"), ("Lyon is in", "France"))
+    record = only(tmp_path, **PARIS, neighborhood=["Lyon is in", "Bonn is in"], neighborhood_answer=[None, 1])
+    assert record.neighborhood == (("Lyon is in", None), ("Bonn is in", "1"))
+
+
+@pytest.mark.parametrize("name", ["facts.json", "facts.jsonl"])
+def test_nan_is_an_empty_cell(tmp_path: Path, name: str) -> None:
+    nan = float("nan")
+    row = {"case_id": nan, "prompt": "The capital of France is", "subject": nan, "target_new": "Rome"}
+    row |= {"target_true": nan, "paraphrases": nan, "neighborhood": nan, "joiner": nan}
+    text = json.dumps(row)
+    (path := tmp_path / name).write_text(f"[{text}]" if name == "facts.json" else text)
+    facts = read_facts(path)
+    assert not facts.bad
+    assert facts.records == [Record(1, EditRequest(1, "The capital of {} is", "France", "Rome"))]
+
+
 def test_columns_without_a_use_are_named(tmp_path: Path) -> None:
     assert "Not used: tag." in facts_of(tmp_path, {**PARIS, "tag": "x"}).notes
 
@@ -139,6 +160,14 @@ def test_subjects_that_other_rows_name_are_known(tmp_path: Path) -> None:
         ({**PARIS, "target_new": None}, "its target_new is missing"),
         ({**PARIS, "target_true": "Rome"}, "the same text"),
         ({**PARIS, "case_id": "x"}, "no whole number"),
+        ({**PARIS, "case_id": 1.7}, "case_id 1.7 is no whole number"),
+        ({**PARIS, "case_id": float("inf")}, "case_id inf is no whole number"),
+        ({**PARIS, "case_id": True}, "case_id True is no whole number"),
+        ({**PARIS, "subject": float("nan")}, "no column names the subject"),
+        ({**PARIS, "target_new": float("nan")}, "its target_new is missing"),
+        ({**PARIS, "target_new": float("inf")}, "its target_new should be a text, got inf"),
+        ({**PARIS, "neighborhood": "a", "neighborhood_answer": [["Paris"]]}, "should be a text, got ['Paris']"),
+        ({**PARIS, "neighborhood": [{"prompt": "a", "answer": {"b": 1}}]}, "should be a text, got {'b': 1}"),
         ({**PARIS, "case_id": 1}, "is that of row 1"),
         ({**PARIS, "neighborhood": ["a", "b"], "neighborhood_answer": ["c"]}, "2 neighborhood prompts but 1 answers"),
         ({**PARIS, "paraphrases": [1]}, "paraphrases should be texts"),

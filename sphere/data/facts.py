@@ -12,6 +12,7 @@ measured, the answer that is replaced and neighbors' answers, is asked of the un
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,7 @@ from typing import Any
 
 from sphere.data.formats import Record
 from sphere.data.subjects import SubjectFinder, with_place
-from sphere.data.tables import Row, read_table
+from sphere.data.tables import Row, parse_json, read_table
 from sphere.errors import SphereError
 from sphere.requests import EditRequest, check_text
 
@@ -221,10 +222,14 @@ def _filled(value: Any) -> bool:
 def _number(value: Any, default: int) -> int:
     if not _filled(value):
         return default
+    wrong = SphereError(f"its case_id {value!r:.60} is no whole number")
     try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise SphereError(f"its case_id {value!r} is no whole number") from None
+        number = int(value)
+    except (OverflowError, TypeError, ValueError):
+        raise wrong from None
+    if isinstance(value, bool) or (isinstance(value, float) and number != value):
+        raise wrong
+    return number
 
 
 def _text(values: Mapping[str, Any], name: str) -> str:
@@ -234,13 +239,20 @@ def _text(values: Mapping[str, Any], name: str) -> str:
         value = value[0]
     if isinstance(value, dict) and "str" in value:
         value = value["str"]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)  # a year, a number of inhabitants
     if value is None or value == []:
         raise SphereError(f"its {name} is missing")
+    return _written(value, f"its {name}")
+
+
+def _written(value: Any, name: str) -> str:
+    """A text, or a number as one; `name` is what an error calls it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # a year, a number of inhabitants
+    if isinstance(value, float) and math.isfinite(value):
+        value = str(value)
     if not isinstance(value, str):
-        raise SphereError(f"its {name} should be a text, got {value!r:.60}")
-    check_text(value, f"its {name}")
+        raise SphereError(f"{name} should be a text, got {value!r:.60}")
+    check_text(value, name)
     return value
 
 
@@ -258,7 +270,7 @@ def _list(value: Any) -> list[Any]:
         return []
     if isinstance(value, str) and value.lstrip().startswith("["):
         with suppress(json.JSONDecodeError):  # else a text that begins with a bracket
-            value = json.loads(value)
+            value = parse_json(value)
     if isinstance(value, str):
         value = [part.strip() for part in value.split(BAR) if part.strip()]
     if not isinstance(value, list):
@@ -282,15 +294,18 @@ def _neighborhood(values: Mapping[str, Any]) -> tuple[tuple[str, str | None], ..
     if answers and len(answers) != len(neighbors):
         raise SphereError(f"it has {len(neighbors)} neighborhood prompts but {len(answers)} answers to them")
     for place, answer in enumerate(answers):
-        neighbors[place] = neighbors[place][0], str(answer)
-    for prompt, known in neighbors:
+        if answer is not None:
+            neighbors[place] = neighbors[place][0], answer
+    for prompt, _ in neighbors:
         check_text(prompt, "a prompt of its neighborhood")
-        if known is not None:
-            check_text(known, "an answer of its neighborhood")
-    return tuple(neighbors)
+    return tuple(
+        (prompt, None if answer is None else _written(answer, "an answer of its neighborhood"))
+        for prompt, answer in neighbors
+    )
 
 
-def _neighbor(entry: Any) -> tuple[str, str | None]:
+def _neighbor(entry: Any) -> tuple[str, Any]:
+    """Its prompt, and its answer as it stands there."""
     if isinstance(entry, str):
         prompt, arrow, answer = entry.partition(ARROW)
         return (prompt.strip(), answer.strip()) if arrow else (entry, None)
@@ -298,7 +313,7 @@ def _neighbor(entry: Any) -> tuple[str, str | None]:
         given = entry.get("answer", entry.get("ground_truth"))
         while isinstance(given, list) and given:
             given = given[0]
-        return entry["prompt"], None if given is None or given == [] else str(given)
+        return entry["prompt"], None if given == [] else given
     if isinstance(entry, list) and len(entry) == 2 and all(isinstance(part, str) for part in entry):
         return entry[0], entry[1]
     raise SphereError(

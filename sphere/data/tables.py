@@ -110,9 +110,14 @@ def _form(source: str | Path, text: str) -> str:
     return FORMS[suffix]
 
 
+def parse_json(text: str) -> Any:
+    """JSON as pandas and others write it: NaN is a cell that holds nothing, and becomes None."""
+    return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+
+
 def _json(text: str, name: str) -> list[Row]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         raise SphereError(
             f"{name} is not valid JSON (line {error.lineno}, column {error.colno}: {error.msg}).",
@@ -132,7 +137,7 @@ def _json_lines(text: str, name: str) -> list[Row]:
         if not line.strip():
             continue
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
         except json.JSONDecodeError as error:
             raise SphereError(
                 f"Line {number} of {name} is not valid JSON (column {error.colno}: {error.msg}).",
