@@ -93,6 +93,12 @@ RIPPLE = {
     "Compositionality_II": [],
     "Forgetfulness": [],
 }
+
+
+def ripple(test):
+    return RIPPLE | {"Forgetfulness": [test]}
+
+
 WIKI_BIG_EDIT = {
     "tag": "new",
     "subject": "Kabataş",
@@ -271,12 +277,50 @@ def test_what_the_others_ask(tmp_path):
         ("knowedit_recent", KNOWEDIT | {"target_new": []}, "the key 'target_new' is missing"),
         ("ultra_edit_bench", ["x"], "it is a list, not an object with keys"),
         ("hallu_edit_bench", HALLU | {"object": ""}, "'object' is blank"),
+        ("knowedit_recent", KNOWEDIT | {"portability": ["x"]}, "'portability' should be an object"),
+        (
+            "knowedit_recent",
+            KNOWEDIT | {"portability": {"Reasoning": ["x"]}},
+            "'Reasoning' should be a list of obj",
+        ),
+        (
+            "knowedit_recent",
+            KNOWEDIT | {"locality": {"Forgetfulness": 5}},
+            "'Forgetfulness' should be a list",
+        ),
+        (
+            "ripple_recent",
+            RIPPLE | {"Forgetfulness": ["x"]},
+            "'Forgetfulness' should be a list of objects, got 'x'",
+        ),
+        ("ripple_recent", ripple({"test_queries": ["x"]}), "'test_queries' should be a list of objects"),
+        (
+            "ripple_recent",
+            ripple({"test_queries": [{"answers": ["b"]}]}),
+            "'answers' should be a list of objects",
+        ),
+        (
+            "ripple_recent",
+            ripple({"test_queries": [{"prompt": "a", "answers": [{"value": "b", "aliases": "cd"}]}]}),
+            "'aliases' should be a list, got 'cd'",
+        ),
+        (
+            "mquake_cf",
+            mquake(1, rewrite("A", "B", "C")) | {"new_single_hops": ["x"]},
+            "'new_single_hops' should be a list of objects",
+        ),
     ],
 )
 def test_an_unsound_record_is_named(name, entry, message, tmp_path):
     with pytest.raises(SphereError, match=r"Record 0 of .* cannot be used") as error:
         load(tmp_path, name, entry)
     assert message in str(error.value)
+
+
+def test_empty_cells_of_a_csv_are_skipped_whatever_their_column(tmp_path):
+    needed = ("subject", "object", "question")
+    (record,) = load(tmp_path, "hallu_edit_bench", {k: v if k in needed else "" for k, v in HALLU.items()})
+    assert (record.request.target_new, record.paraphrase_prompts, record.probes) == ("Leonardo", (), ())
 
 
 def test_a_file_that_is_not_there_is_asked_for_by_its_home(tmp_path):

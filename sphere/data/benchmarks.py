@@ -21,7 +21,7 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-from sphere.data.fields import get_text, get_texts, get_value, optional_text
+from sphere.data.fields import get_list, get_objects, get_text, get_texts, get_value, optional_text
 from sphere.data.formats import Probe, Question, Record
 from sphere.data.subjects import SubjectFinder, with_place
 from sphere.errors import SphereError
@@ -98,7 +98,7 @@ def _mquake(entry: Entry, index: int, finder: SubjectFinder) -> list[Record]:
         Question(
             get_text(hop, "cloze"), (get_text(hop, "answer"), *get_texts(hop, "answer_alias", optional=True))
         )
-        for hop in entry.get("new_single_hops") or ()
+        for hop in get_objects(entry, "new_single_hops")
     )
     probes = [Probe("multi_hop", asked)] if asked else []
     probes += [Probe("instance_wise", hops, every=True)] if hops else []
@@ -118,7 +118,7 @@ def _ripple(entry: Entry, index: int, finder: SubjectFinder) -> list[Record]:
 
 def _ripple_probes(entry: Entry, name: str) -> list[Probe]:
     probes = []
-    for test in entry.get(name) or ():
+    for test in get_objects(entry, name):
         questions = tuple(_ripple_questions(test, "test_queries"))
         if questions:
             every = test.get("test_condition", "OR") == "AND"
@@ -128,11 +128,11 @@ def _ripple_probes(entry: Entry, name: str) -> list[Probe]:
 
 def _ripple_questions(test: Entry, key: str) -> Iterator[Question]:
     """Queries with answers; those whose answer nobody knows are left out, as their authors do."""
-    for query in get_value(test, key, list) if key in test else ():
+    for query in get_objects(test, key):
         answers = [
             text
-            for answer in query.get("answers") or ()
-            for text in (answer.get("value"), *(answer.get("aliases") or ()))
+            for answer in get_objects(query, "answers")
+            for text in (answer.get("value"), *get_list(answer, "aliases"))
             if isinstance(text, str) and text.strip()
         ]
         if answers:
@@ -183,8 +183,9 @@ def _know_edit(entry: Entry, index: int, finder: SubjectFinder) -> list[Record]:
     probes = [
         probe
         for part in ("portability", "locality")
-        for name, tests in (entry.get(part) or {}).items()
-        for test in tests or ()
+        if entry.get(part)
+        for name in get_value(entry, part, dict)
+        for test in get_objects(entry[part], name)
         for probe in _asked(f"{part}_{name}", test.get("prompt"), test.get("ground_truth"))
     ]
     return [_one_answer(entry, request, "rephrase_prompt", probes)]
@@ -195,6 +196,8 @@ def _hallu_edit_bench(entry: Entry, index: int, finder: SubjectFinder) -> list[R
     subject, target = get_text(entry, "subject"), get_text(entry, "object")
     question = get_text(entry, "question")
     request = _request(index, question, subject, target, finder)
+    # An empty cell holds nothing.
+    entry = {name: cell for name, cell in entry.items() if not isinstance(cell, str) or cell.strip()}
     choices = entry.get("multiple_choice_with_letters")
     probes = [
         *_asked("generalization_yes", entry.get("yes_question"), "Yes"),

@@ -43,6 +43,20 @@ def optional_text(entry: Mapping[str, Any], key: str, name: str | None = None) -
     return None if entry.get(key) is None else get_text(entry, key, name)
 
 
+def get_list(entry: Mapping[str, Any], key: str) -> list[Any]:
+    """The list of a key; [] where the record has none."""
+    return list(get_value(entry, key, list)) if entry.get(key) else []
+
+
+def get_objects(entry: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
+    """The objects of a key that holds a list of them; [] where the record has none."""
+    found = get_list(entry, key)
+    for one in found:
+        if not isinstance(one, dict):
+            raise SphereError(f"'{key}' should be a list of objects, got {one!r:.60} in it")
+    return found
+
+
 def get_texts(entry: Mapping[str, Any], key: str, optional: bool = False) -> tuple[str, ...]:
     """The texts of a key that holds a list of them; () where it may be missing and is."""
     if optional and entry.get(key) is None:
