@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA_MODULES, REQUESTS, tiny_hparams, tiny_llama
+from conftest import LLAMA_MODULES, REQUESTS, tiny_gpt2, tiny_hparams, tiny_llama
 from test_chat_template import CHATML
 from tiny_run import TinyRun, command
 from transformers import PreTrainedTokenizerFast
@@ -230,6 +230,42 @@ def test_an_adapter_is_asked_with_its_model(run, tiny, tmp_path, monkeypatch, ca
     assert found["unedited"] == expected["unedited"]
     assert found["edited"]["text"] == expected["edited"]["text"]
     assert found["edited"]["targets"] == pytest.approx(expected["edited"]["targets"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "card", ["---\n- a\n- list\n---\n", "---\na: [\n---\n", b"---\n\xff\n---\n", "---\nbase_model: 5\n---\n"]
+)
+def test_a_card_that_cannot_be_read_names_no_base(tiny, tmp_path, card):
+    export = tmp_path / "export"
+    shutil.copytree(tiny.model, export)
+    (export / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    assert list(open_source(export, ModelOptions(device="cpu")).others) == ["edited"]
+
+
+def test_what_is_wrong_with_an_adapter_is_said_in_a_sentence(run, tmp_path, tiny_tokenizer):
+    pytest.importorskip("peft")
+    adapter = tmp_path / "adapter"
+    export_run(run, "peft", adapter, device="cpu")
+    narrow = tiny_llama()
+    narrow = type(narrow)(type(narrow.config)(**narrow.config.to_dict() | {"intermediate_size": 40}))
+    for name, model in {"gpt2": tiny_gpt2(), "narrow": narrow}.items():
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(
+            SphereError, match=r"cannot be put on the model .*(not found|size mismatch)"
+        ) as error:
+            open_source(adapter, ModelOptions(model_name=str(tmp_path / name), device="cpu"))
+        assert error.value.arguments == ("model_name",)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(SphereError, match=r"weights of the adapter .* cannot be read .*get its files anew"):
+        open_source(adapter, ModelOptions(device="cpu"))
+    weights.unlink()
+    with pytest.raises(SphereError, match=r"adapter .* has no weights"):
+        open_source(adapter, ModelOptions(device="cpu"))
+    (adapter / "adapter_config.json").write_text("[]")
+    with pytest.raises(SphereError, match="does not name its model"):
+        open_source(adapter, ModelOptions(device="cpu"))
 
 
 def test_runs_are_compared(run, tiny, tmp_path, monkeypatch, capsys):

@@ -7,14 +7,18 @@ asking itself is `sphere.answers`'s.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import metadata_load
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from yaml import YAMLError
 
 from sphere.answers import (
     EDITED,
@@ -39,6 +43,7 @@ from sphere.values.chat_template import user_turn
 from sphere.weights import EditedWeights
 
 ADAPTER_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # either of them
 
 
 @dataclass
@@ -89,7 +94,8 @@ def open_source(path: str | Path, options: ModelOptions, checkpoint: int | None 
         checkpoint: number of edits of the run's state; None: the last one.
 
     Raises:
-        SphereError: nothing of the kind at `path`, no such checkpoint, or another model than the run's.
+        SphereError: nothing of the kind at `path`, no such checkpoint, another model than the run's or one that the
+            adapter does not fit, or files that cannot be read.
     """
     path = Path(path)
     whole = path.suffix == ".gguf" or (path / "config.json").exists()
@@ -165,17 +171,17 @@ def _exported(path: Path, options: ModelOptions) -> EditedSource:
 
 def _adapter(path: Path, options: ModelOptions) -> EditedSource:
     """A LoRA adapter's model, without and with it."""
-    try:
-        from peft import PeftModel
-    except ImportError as error:
+    if importlib.util.find_spec("peft") is None:
         raise SphereError(
             f"{path} is an adapter, which takes the package peft to be read: install it, or ask the run."
-        ) from error
-    base = options.model_name or read_json(path / ADAPTER_NAME, "adapter").get("base_model_name_or_path")
-    if not base:
-        raise SphereError(f"The adapter {path} does not name its model: name it.", argument="model_name")
-    model, tokenizer = load_model(str(base), options.device, options.dtype, options.device_map)
-    wrapped: Any = PeftModel.from_pretrained(model, str(path))
+        )
+    base = options.model_name or _adapted_model(path)
+    if not any((path / name).is_file() for name in ADAPTER_WEIGHTS):
+        raise SphereError(
+            f"The adapter {path} has no weights ({' or '.join(ADAPTER_WEIGHTS)}): get its files anew."
+        )
+    model, tokenizer = load_model(base, options.device, options.dtype, options.device_map)
+    wrapped = _wrapped(model, base, path)
     layers: Iterable[tuple[str, Any]] = wrapped.base_model.model.named_modules()
     changed = {
         f"{name}.weight": layer.get_base_layer().weight
@@ -190,13 +196,47 @@ def _adapter(path: Path, options: ModelOptions) -> EditedSource:
     return EditedSource(_Voice(merged, tokenizer, turn), weights, states)
 
 
+def _adapted_model(path: Path) -> str:
+    """The model that an adapter says it was made for."""
+    config = read_json(path / ADAPTER_NAME, "adapter")
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise SphereError(f"The adapter {path} does not name its model: name it.", argument="model_name")
+    return base
+
+
+def _wrapped(model: Any, base: str, path: Path) -> Any:
+    """The model `base` with an adapter around its modules, as peft makes it."""
+    from peft import PeftModel  # within the function: peft is an extra
+
+    try:
+        return PeftModel.from_pretrained(model, str(path))
+    except (EOFError, OSError, SafetensorError, UnpicklingError) as error:
+        raise SphereError(
+            f"The weights of the adapter {path} cannot be read ({_first_words(error)}): get its files anew."
+        ) from error
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise SphereError(
+            f"The adapter {path} cannot be put on the model '{base}' ({_first_words(error)}): name the model that it "
+            "was made for, or get the adapter's files anew.",
+            argument="model_name",
+        ) from error
+
+
+def _first_words(error: Exception) -> str:
+    """How an error's first line that says something begins; torch puts a heading before it."""
+    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
+    return next((f"{line:.200}" for line in lines if line and line[-1] != ":"), type(error).__name__)
+
+
 def _base_model(path: Path) -> str | None:
-    """The model that a folder's model card says it was made from."""
-    card = path / "README.md"
-    if not card.is_file():
+    """The model that a folder's model card says it was made from; None where no card can be read that says so."""
+    try:
+        base = (metadata_load(path / "README.md") or {}).get("base_model")
+    except (OSError, ValueError, YAMLError):
         return None
-    base = ModelCard.load(card).data.base_model
-    return (base[0] if base else None) if isinstance(base, list) else base
+    first = base[0] if isinstance(base, list) and base else base
+    return first if isinstance(first, str) and first else None
 
 
 def compare_runs(
@@ -209,7 +249,7 @@ def compare_runs(
 
     Returns:
         By prompt: label -> answer. A run's label is what tells its path from the others'; the unedited model has one
-        column where all runs began with it, else one for each run.
+        column where all runs began with it and put prompts into the same user's turn, else one for each run.
 
     Raises:
         SphereError: fewer than two runs, or one of them cannot be asked.
