@@ -293,6 +293,23 @@ def test_runs_of_different_models_have_each_their_unedited_one(run, tiny, tmp_pa
     assert asked.answers[f"unedited {labels[0]}"] != asked.answers[f"unedited {labels[1]}"]
 
 
+def test_runs_that_ask_in_different_forms_have_each_their_unedited_one(run, tiny):
+    other = execute(tiny.config(dataset_size_limit=2, chat_template=True)).folder
+    model, tokenizer = load_model(str(tiny.model), device="cpu")
+    turn = tokenizer.apply_chat_template(
+        [{"role": "user", "content": PROMPT}], tokenize=False, add_generation_prompt=True
+    )
+    asking = AskOptions(n_tokens=4)
+    found = compare_runs([run, other], [Question(PROMPT)], ModelOptions(device="cpu"), asking)[0].answers
+    labels = short_labels([run, other])
+    assert list(found) == [f"unedited {labels[0]}", labels[0], f"unedited {labels[1]}", labels[1]]
+    for label, prompt in zip(labels, (PROMPT, turn), strict=True):
+        assert found[f"unedited {label}"] == answers(model, tokenizer, questions_of(prompt), asking)[0]
+    in_chat = ModelOptions(device="cpu", chat_template=True)
+    (same,) = compare_runs([run, other], [Question(PROMPT)], in_chat, asking)
+    assert list(same.answers) == ["unedited", *labels]
+
+
 def bad(arguments, monkeypatch, capsys) -> str:
     """The sentence of a command that fails."""
     code, _, err = command(main, arguments, monkeypatch, capsys)

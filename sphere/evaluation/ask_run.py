@@ -259,20 +259,23 @@ def compare_runs(
     for folder in folders:
         list_checkpoints(folder)  # a wrong folder is reported before anything is loaded
     labels, sources = short_labels(folders), RunSources(options)
-    models = [
-        (options.model_name or config.get("model_name"), config.get("model"))
-        for config in map(read_config, folders)
-    ]
-    shared = all(model == models[0] for model in models)
-    found: dict[str, list[Answer]] = {}
+    unedited: dict[tuple[Any, ...], list[Answer]] = {}  # by what decides them: name, fingerprint, user's turn
+    edited: dict[str, tuple[tuple[Any, ...], list[Answer]]] = {}
     for folder, label in zip(folders, labels, strict=True):
-        source = sources.open(folder, label=label)
-        unedited = UNEDITED if shared else f"{UNEDITED} {label}"
-        if unedited in found:
+        config, source = read_config(folder), sources.open(folder, label=label)
+        key = options.model_name or config.get("model_name"), config.get("model"), source.voice.turn
+        if key in unedited:
             del source.states[UNEDITED]
-        for one in source.ask(questions, asking):
-            for state, answer in one.answers.items():
-                found.setdefault(unedited if state == UNEDITED else state, []).append(answer)
+        asked = source.ask(questions, asking)
+        if key not in unedited:
+            unedited[key] = [one.answers[UNEDITED] for one in asked]
+        edited[label] = key, [one.answers[label] for one in asked]
+    if len(unedited) == 1:
+        own = {label: said for label, (_, said) in edited.items()}
+        return side_by_side(questions, {UNEDITED: next(iter(unedited.values())), **own})
+    found: dict[str, list[Answer]] = {}
+    for label, (key, said) in edited.items():
+        found |= {f"{UNEDITED} {label}": unedited[key], label: said}
     return side_by_side(questions, found)
 
 
