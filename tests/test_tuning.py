@@ -331,6 +331,14 @@ def test_files_and_tunings_of_other_settings_are_not_replaced_unasked(tiny: Tiny
     assert error.value.arguments == ("overwrite", "hparams_dir")
     assert path.read_text() == "{}"
     tuned(tiny, options=options, overwrite=True)
+    with pytest.raises(SphereError, match=r"begun with other settings \(project\)"):
+        tuned(tiny, options=options, project="after")
+    decided = tiny.folder / "a/tune/AlphaEdit/tiny/tune.json"
+    earlier = {key: value for key, value in json.loads(decided.read_text()).items() if key != "project"}
+    decided.write_text(json.dumps(earlier))  # as earlier versions wrote it
+    with pytest.raises(SphereError, match=r"begun with other settings \(project\)"):
+        tuned(tiny, options=options, project="after")
+    assert len(tuned(tiny, options=options).trials) == 1
     with pytest.raises(SphereError, match=r"begun with other settings \(seed\)|case_ids"):
         tuned(tiny, options=options, seed=1)
     assert len(tuned(tiny, options=options, seed=1, overwrite=True).trials) == 1

@@ -204,8 +204,8 @@ class _Tuning:
             "case_ids": [record.case_id for record in self.records],
             "requests": hashlib.sha256(repr([r.request for r in self.records]).encode()).hexdigest(),
             **sphere_numbers(c),
-            **{key: getattr(c, key) for key in ("alg_name", "ds_name", "num_edits", "rules")},
-            **{key: getattr(c, key) for key in ("directions", "revive_tau", "seed", "z_matmul_dtype")},
+            **{key: getattr(c, key) for key in ("alg_name", "ds_name", "num_edits", "rules", "seed")},
+            **{key: getattr(c, key) for key in ("directions", "project", "revive_tau", "z_matmul_dtype")},
             **{
                 key: getattr(o, key)
                 for key in ("max_perplexity", "trace_table", "trace_facts", "trace_draws")
@@ -213,7 +213,8 @@ class _Tuning:
         }
         decided = json.loads(json.dumps(decided))
         path = self.folder / CONFIG_NAME
-        previous = read_json(path, "tuning") if path.exists() else None
+        # Earlier versions wrote no "project": theirs was the default.
+        previous = {"project": RunConfig.project} | read_json(path, "tuning") if path.exists() else None
         if previous == decided:
             log.info("Continuing the tuning in %s.", self.folder)
             return
