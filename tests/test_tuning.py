@@ -157,6 +157,22 @@ def test_the_tuning_set_is_none_of_the_first_half() -> None:
     assert facts != tuning_set("starter", "data", 40, seed=1)
 
 
+def test_only_facts_with_all_kinds_of_prompts_are_drawn(tiny: TinyRun) -> None:
+    made = facts(10)
+    made[6]["paraphrase_prompts"] = made[8]["neighborhood_prompts"] = []
+    tiny.write_records(made)
+    drawn = tuning_set("starter", tiny.folder / "data", 3, seed=0)
+    assert {record.case_id for record in drawn} == {5, 7, 9}
+    with pytest.raises(
+        SphereError, match="holds 3 facts with paraphrase and neighborhood prompts, 4 are wanted"
+    ):
+        tuning_set("starter", tiny.folder / "data", 4, seed=0)
+    tiny.write_records([record | {"neighborhood_prompts": []} for record in made])
+    with pytest.raises(SphereError, match=r"No fact .* both paraphrase and neighborhood prompts") as error:
+        tuned(tiny)
+    assert error.value.arguments == ("ds_name",)
+
+
 # ---- what a trial is worth ----
 
 

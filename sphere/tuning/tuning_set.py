@@ -17,17 +17,27 @@ from sphere.tuning.causal_trace import Statement
 
 
 def tuning_set(ds_name: str, data_dir: str | Path, n_facts: int, seed: int) -> list[Record]:
-    """`n_facts` records of the second half of a dataset, drawn by the seed.
+    """`n_facts` records of the second half of a dataset that a score can be made of, drawn by the seed.
+
+    A score takes all three kinds of prompts: the edit's own, paraphrases and neighbors (`sphere.evaluation.summary`).
 
     Raises:
-        SphereError: the half holds fewer.
+        SphereError: the half holds fewer, or none.
     """
     records = load_records(ds_name, data_dir)
-    half = records[(len(records) + 1) // 2 :]
-    if len(half) < n_facts:
+    whole = records[(len(records) + 1) // 2 :]
+    half = [record for record in whole if record.paraphrase_prompts and record.neighborhood]
+    if whole and not half:
         raise SphereError(
-            f"The second half of the dataset '{ds_name}' holds {len(half)} facts, {n_facts} are wanted for tuning: "
-            "ask for fewer, or use another dataset.",
+            f"No fact in the second half of the dataset '{ds_name}' has both paraphrase and neighborhood prompts, of "
+            "which the score that is tuned for is made: use another dataset.",
+            argument="ds_name",
+        )
+    if len(half) < n_facts:
+        those = " with paraphrase and neighborhood prompts" if len(half) < len(whole) else ""
+        raise SphereError(
+            f"The second half of the dataset '{ds_name}' holds {len(half)} facts{those}, {n_facts} are wanted for "
+            "tuning: ask for fewer, or use another dataset.",
             argument=("n_facts", "ds_name"),
         )
     return random.Random(f"tuning set\n{seed}").sample(half, n_facts)
