@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sphere.checkpoints import write_checkpoint
-from sphere.downstream import TASKS, harness, metrics, run_downstream, runner
+from sphere.downstream import TASKS, format_downstream, harness, metrics, run_downstream, runner
 from sphere.downstream.decoding import greedy_batches
 from sphere.downstream.harness import LOCAL_TASKS, Harness
 from sphere.errors import SphereError
@@ -376,3 +376,25 @@ def test_harness_prompts_and_scores_are_ours(tmp_path, lm_eval, model, tokenizer
     assert asked == [["sphere_nli", "sphere_nli_choice"]]
     run_downstream(model.to(torch.bfloat16), *given)
     assert len(asked) == 2
+
+
+def test_each_filter_of_a_task_keeps_its_numbers(tmp_path, lm_eval, model, tokenizer, data_dir, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    own, _, rest = (LOCAL_TASKS / "sphere_nli.yaml").read_text("utf-8").partition("filter_list:\n")
+    steps = '[{function: map, mapping_dict: {}, default_value: "true"}, {function: take_first}]'
+    everything = f"  - {{name: always, filter: {steps}}}\n"  # every output is read as true
+    (data_dir / "lm_eval_tasks").mkdir()
+    (data_dir / "lm_eval_tasks/two.yaml").write_text(
+        f"{own.replace('task: sphere_nli', 'task: two')}filter_list:\n{everything}{rest}", "utf-8"
+    )
+    checkpoint(tmp_path / "run", model, 0)
+    summary = run_downstream(model, tokenizer, tmp_path / "run", data_dir, 4, ["nli"], ["two"])
+    entry = summary["checkpoints"]["edit_0"]
+    found = entry["lm_eval"]["two"]
+    right = [example.answers[0] for example in TASKS["nli"].examples(data_dir, 4)].count("true") / 4
+    assert found["exact_match,first_class"] == entry["tasks"]["nli"]["accuracy"] != right
+    assert found["exact_match,always"] == right
+    assert "exact_match" not in found
+    lines = [line.split() for line in format_downstream(summary).splitlines()]
+    assert ["two", "(always)", "unedited", "4", f"{100 * right:.1f}"] in [line[:5] for line in lines]
+    assert any(line[:2] == ["two", "(first_class)"] for line in lines)

@@ -14,6 +14,7 @@ import json
 import logging
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,18 @@ class Harness:
         }
 
     def _metrics(self, task: str, output: dict[str, Any], version: str) -> dict[str, Any]:
-        """The harness's "metric,filter" keys as plain numbers, with what made them."""
-        figures = {
-            key.partition(",")[0]: float(value)
+        """The harness's numbers, with what made them.
+
+        Its key "metric,filter" is "metric" here, unless several filters give that metric.
+        """
+        found = {
+            key: float(value)
             for key, value in output["results"][task].items()
             if "," in key and isinstance(value, int | float)
         }
+        metrics = {key: key.partition(",")[0] for key in found}
+        filters = Counter(metrics.values())  # metric -> how many filters give it
+        figures = {metric if filters[metric] == 1 else key: found[key] for key, metric in metrics.items()}
         n = output.get("n-samples", {}).get(task, {}).get("effective")
         return {"n": n, **figures, "limit": self.limit, "lm_eval_version": version}
 
@@ -189,7 +196,7 @@ def _harness_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 
 
 def _samples(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    kept = ("doc_id", "target", "resps", "filtered_resps", "exact_match", "acc")
+    kept = ("doc_id", "filter", "target", "resps", "filtered_resps", "exact_match", "acc")
     return [{key: sample[key] for key in kept if key in sample} for sample in samples]
 
 

@@ -22,15 +22,17 @@ def format_downstream(summary: Mapping[str, Any]) -> str:
 def downstream_lines(summary: Mapping[str, Any]) -> list[list[str]]:
     """The same as cells, the first line its head.
 
+    A task of lm-evaluation-harness whose answers are read by several filters has a line for each of them.
     Columns of the published form (accuracy without invalid outputs, the likelier answer) are there where a task has it.
     """
     entries = sorted(summary["checkpoints"].values(), key=lambda entry: entry["n_edits"])
     found = [
-        (name, entry["n_edits"], scores)
+        (title, entry["n_edits"], own)
         for key in ("tasks", "lm_eval")
         for name in dict.fromkeys(name for entry in entries for name in entry.get(key, {}))
         for entry in entries
         if (scores := entry.get(key, {}).get(name))
+        for title, own in _by_filter(name, scores)
     ]
     further = {
         title: key
@@ -58,6 +60,17 @@ def downstream_lines(summary: Mapping[str, Any]) -> list[list[str]]:
         ]
         lines.append([*own, *(_cell(scores.get(key)) for key in further.values())])
     return lines
+
+
+def _by_filter(name: str, scores: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """(title, scores) of each filter, whose keys are "metric,filter"; of most tasks the scores as they are."""
+    of_filter: dict[str, dict[str, Any]] = {}
+    for key, value in scores.items():
+        metric, comma, one = key.partition(",")
+        if comma:
+            of_filter.setdefault(one, {})[metric] = value
+    common = {key: value for key, value in scores.items() if "," not in key}
+    return [(f"{name} ({one})", common | own) for one, own in of_filter.items()] or [(name, scores)]
 
 
 def _of(scores: Mapping[str, Any], name: str) -> float | None:
