@@ -24,11 +24,11 @@ from tiny_run import TinyRun
 import sphere.values.layer_stats
 from experiments import demo
 from experiments import sweep as command
-from sphere.commands.sweep_job import job_of
+from sphere.commands.sweep_job import job_of, jobs_of
 from sphere.errors import SphereError
 from sphere.forward.layers import LayerStack
 from sphere.runs.config import RunConfig
-from sphere.runs.job import Job
+from sphere.runs.job import Job, check_folders
 from sphere.runs.run import execute
 from sphere.runs.sweep import collect, over_seeds, run_job
 from sphere.values.layer_stats import SecondMoments
@@ -158,6 +158,11 @@ def test_a_job_that_fails_ends_itself_only(world, monkeypatch, capsys):
     assert len(re.findall(r"^(FT|MEMIT) \+ SPHERE +\1 +4 +4 ", out, re.MULTILINE)) == 2  # paired differences
     assert (world.folder / "sweep" / "report" / "report.html").exists()
     assert (world.folder / "sweep" / "report" / "paired.json").exists()
+    # finished jobs keep their place, and those that fail there are not passed over
+    world.write_hparams("FT", lr=0.5)
+    with pytest.raises(SphereError, match=r"1 of 1 jobs failed .*another sweep_dir"):
+        command.main([*words, "alg_name=FT", "beta_hse=0", "report=false"])
+    assert collect(world.folder / "sweep") == rows
 
 
 def test_folders_tell_jobs_apart(world):
@@ -177,7 +182,44 @@ def test_folders_tell_jobs_apart(world):
     assert Job(base).folder.relative_to(world.folder).parts[:4] == ("sweep", "seed_0", "FT", "tiny")
 
 
-def test_changed_settings_are_run_again(world):
+def test_different_jobs_in_one_folder_are_refused_before_the_first(world, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sweep"])
+    said = r"jobs with guard=false and with guard=true would both be the run in .*sweep_dir"
+    with pytest.raises(SphereError, match=said) as refused:
+        command.main([*overrides(world), "guard=false,true"])
+    assert refused.value.arguments == ("sweep_dir",)
+    assert not (world.folder / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [
+        ("on_breakdown", ("stop", "continue")),
+        ("save", ("weights", "factors")),
+        ("ledger", ("auto", "none")),
+        ("facts", ("a/f.csv", "b/f.csv")),
+        ("model_name", ("org1/m", "org2/m")),
+        ("hparams_dir", ("a", "b")),
+        ("scored_facts", ("0", "5")),
+        ("generated_facts", ("0", "5")),
+    ],
+)
+def test_the_settings_of_jobs_in_one_folder_are_named(name, values):
+    both = [
+        job_of({"sweep_dir": "x", "devices": [], name: v if v.isalpha() or "/" in v else int(v)})
+        for v in values
+    ]
+    assert both[0].folder == both[1].folder
+    with pytest.raises(SphereError, match=f"{name}={values[0]} and with {name}={values[1]} would"):
+        check_folders(both)
+
+
+def test_jobs_with_folders_of_their_own_are_not_refused():
+    check_folders(jobs_of(["alg_name=AlphaEdit", "alpha=null,0.5"]))  # the same job, said twice
+    check_folders([*jobs_of(["sweep_dir=a", "guard=false"]), *jobs_of(["sweep_dir=b", "guard=true"])])
+
+
+def test_changed_settings_are_run_again(world, monkeypatch):
     job = Job(world.config("sweep", alg_name="FT", dataset_size_limit=2))
     first = run_job(job)
     assert first["status"] == "finished"
@@ -187,9 +229,24 @@ def test_changed_settings_are_run_again(world):
     assert again["status"] == "finished"
     assert again["seconds"] > first["seconds"]
     world.write_hparams("FT", lr=0.5)
-    changed = run_job(Job(job.config, generation_interval=1))
+    other = Job(job.config, generation_interval=1)
+    changed = run_job(other)
     assert changed["status"] == "failed"
     assert "begun with other settings (hparams)" in changed["error"]
+    # what is finished keeps its place, also where the other job was cut off first
+    path = job.folder / "job.json"
+    assert json.loads(path.read_text()) == again
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sphere.runs.sweep.execute", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_job(other)
+    assert json.loads(path.read_text())["status"] == "unfinished"
+    assert run_job(other)["status"] == "failed"
+    assert json.loads(path.read_text()) == again
 
 
 def test_a_job_of_before_a_setting_is_finished(world):

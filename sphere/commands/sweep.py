@@ -18,9 +18,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sphere.errors import SphereError
+
+if TYPE_CHECKING:
+    from sphere.runs.job import Job
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,14 +35,14 @@ def main(argv: list[str] | None = None) -> int:
     from hydra.errors import HydraException
 
     from sphere.commands.sweep_job import own_settings, sweep
-    from sphere.runs.sweep import collect, format_sweep
+    from sphere.runs.sweep import collect, finished_other, format_sweep
 
     try:
         own = own_settings(overrides)
     except HydraException as error:
         raise SphereError(f"These settings of a sweep are not understood: {error}") from error
     folder = Path(own.sweep_dir)
-    _forecast(overrides, folder, keep=not own.dry_run)
+    jobs = _forecast(overrides, folder, keep=not own.dry_run)
     if own.dry_run:
         return 0
     sys.argv[1:] = overrides  # read by Hydra
@@ -54,23 +57,37 @@ def main(argv: list[str] | None = None) -> int:
         raise SphereError(
             f"{len(open_)} of {len(rows)} jobs are not finished (see the table): fix what it says and start again."
         )
+    if failed := [job.folder for job in jobs if finished_other(job)]:
+        raise SphereError(
+            f"{len(failed)} of {len(jobs)} jobs failed (see the log), the first in {failed[0]}, where a finished job "
+            "of other settings keeps its place: fix what the log says, or give another sweep_dir.",
+            argument="sweep_dir",
+        )
     return 0
 
 
-def _forecast(overrides: list[str], folder: Path, keep: bool) -> None:
-    """Say which jobs there are and how long they will take; `keep`: for the jobs to say how far the sweep is."""
+def _forecast(overrides: list[str], folder: Path, keep: bool) -> list[Job]:
+    """Say which jobs there are and how long they will take; `keep`: for the jobs to say how far the sweep is.
+
+    Raises:
+        SphereError: different jobs in one folder.
+    """
     from hydra.errors import HydraException
 
     from sphere.commands.sweep_job import jobs_of
     from sphere.runs.forecast import expect, format_forecast, write_forecast
+    from sphere.runs.job import check_folders
 
     try:
-        expected = expect(jobs_of(overrides))
+        jobs = jobs_of(overrides)
     except HydraException:  # which Hydra says itself as it starts
-        return
+        return []
+    check_folders(jobs)
+    expected = expect(jobs)
     print(f"{format_forecast(expected, folder)}\n", flush=True)
     if keep:
         write_forecast(folder, expected)
+    return jobs
 
 
 def _report(rows: Sequence[Mapping[str, Any]], folder: Path, reference: str | None) -> None:

@@ -5,10 +5,13 @@ Knows names and paths. Loads no model, writes nothing.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sphere.errors import SphereError
 from sphere.evaluation.scored_facts import check_scored_facts
 from sphere.hparams import read_content
 from sphere.runs.config import RunConfig
@@ -64,6 +67,34 @@ class Job:
         numbers = {"alpha_budget": None, **sphere_numbers(self.config)}
         scoring = {name: getattr(self, name) for name in SCORING}
         return {**asdict(self.run_config), **numbers, **scoring, "hparams": hparams}
+
+
+def check_folders(jobs: Iterable[Job]) -> None:
+    """Refuse different jobs in one folder: the second would go on with the run of the first, and take its place.
+
+    Raises:
+        SphereError: two such jobs; it says in which settings they differ.
+    """
+    first: dict[Path, Job] = {}
+    for job in jobs:
+        other = first.setdefault(job.folder, job)
+        if other is job:
+            continue
+        both = other.settings, job.settings
+        differing = [key for key in both[0] if key != "hparams" and both[0][key] != both[1][key]]
+        if differing:
+            one, two = (_words(settings, differing) for settings in both)
+            raise SphereError(
+                f"The jobs with {one} and with {two} would both be the run in {job.folder}: begin a sweep for each, "
+                "with a sweep_dir of its own.",
+                argument="sweep_dir",
+            )
+
+
+def _words(settings: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Some settings as a command spells them."""
+    values = {name: settings[name] for name in names}
+    return ", ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items())
 
 
 # How a job is scored -> its default.

@@ -45,6 +45,7 @@ from sphere.runs.run import execute
 log = logging.getLogger(__name__)
 
 TABLE_NAME = "sweep"
+BEFORE = "before"  # key of job.json: the finished job whose place this one is about to take
 UNEDITED = "unedited"
 # What a run's own folder says where it is not the default.
 NAMED_IF_CHANGED = (
@@ -83,7 +84,8 @@ SETTINGS = ("alg_name", "model_name", "ds_name", "num_edits", "beta_hse", "alpha
 def run_job(job: Job) -> dict[str, Any]:
     """Run and score a job, unless it is finished; what became of it is kept in its folder.
 
-    An error ends the job, not the sweep: it is logged, and stands in the table.
+    An error ends the job, not the sweep: it is logged, and stands in the table, unless a job of other settings is
+    finished in this folder, which keeps its place there.
 
     Returns:
         The content of job.json: {"status": "finished", "failed" or "busy" (another process is at it), "error",
@@ -96,17 +98,22 @@ def run_job(job: Job) -> dict[str, Any]:
                 log.info("%s: finished before.", folder)
                 return previous
             previous = _read_job(path) if path.exists() else {}
-            return _attempt(job, path, previous.get("seconds", 0.0))
+            return _attempt(job, path, previous.get("seconds", 0.0), finished_other(job))
     except SphereError as problem:  # the job could not begin; its folder is as it was
         log.error("%s: %s", folder, problem)
         status = "busy" if isinstance(problem, FolderInUseError) else "failed"
         return {"status": status, "error": str(problem), "seconds": 0.0, "settings": job.settings}
 
 
-def _attempt(job: Job, path: Path, seconds: float) -> dict[str, Any]:
-    """Run and score a job; `seconds`: what earlier starts took."""
+def _attempt(job: Job, path: Path, seconds: float, other: dict[str, Any] | None) -> dict[str, Any]:
+    """Run and score a job.
+
+    Args:
+        seconds: what earlier starts took.
+        other: what became of another job that is finished there; it is kept where this one fails.
+    """
     note: dict[str, Any] = {"settings": job.settings, "seconds": seconds}
-    write_json(path, {"status": "unfinished", "error": None, **note})
+    write_json(path, {"status": "unfinished", "error": None, **note, **({BEFORE: other} if other else {})})
     start = time.perf_counter()
     status, error = "finished", None
     try:
@@ -119,7 +126,7 @@ def _attempt(job: Job, path: Path, seconds: float) -> dict[str, Any]:
         log.exception("%s failed", job.folder)
     note["seconds"] += time.perf_counter() - start
     result = {"status": status, "error": error, **note}
-    write_json(path, result)
+    write_json(path, other if other and status == "failed" else result)
     return result
 
 
@@ -148,23 +155,36 @@ def _run(job: Job) -> None:
 
 
 def finished_before(job: Job) -> dict[str, Any] | None:
-    """What became of a job that was run to its end with settings that give the same numbers; None of another one.
-
-    A setting that the job's version did not know had what is its default now.
-    """
+    """What became of a job that was run to its end with settings that give the same numbers; None of another one."""
     path = job.folder / JOB_NAME
     previous = _read_job(path) if path.exists() else {}
+    finished = (
+        previous.get("status") == "finished"
+        and _is_of(previous, job)
+        and (job.folder / FOLDER / SUMMARY_NAME).exists()
+    )
+    return previous if finished else None
+
+
+def finished_other(job: Job) -> dict[str, Any] | None:
+    """What became of a job with other settings that is finished in a job's folder; None where there is none."""
+    path = job.folder / JOB_NAME
+    previous = _read_job(path) if path.exists() else {}
+    found: dict[str, Any] | None = previous if previous.get("status") == "finished" else previous.get(BEFORE)
+    return found if found and not _is_of(found, job) else None
+
+
+def _is_of(previous: Mapping[str, Any], job: Job) -> bool:
+    """Whether what job.json says is of a job with settings that give the same numbers.
+
+    A setting that its version did not know had what is its default now.
+    """
     defaults = {name: setting.default for name, setting in settings().items()} | SCORING
 
     def deciding(known: Mapping[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in {**defaults, **known}.items() if k not in OF_THE_MACHINE}
 
-    finished = (
-        previous.get("status") == "finished"
-        and deciding(previous["settings"]) == deciding(json.loads(json.dumps(job.settings)))
-        and (job.folder / FOLDER / SUMMARY_NAME).exists()
-    )
-    return previous if finished else None
+    return deciding(previous["settings"]) == deciding(json.loads(json.dumps(job.settings)))
 
 
 def collect(sweep_dir: str | Path) -> list[dict[str, Any]]:
