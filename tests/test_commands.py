@@ -45,10 +45,21 @@ def test_every_setting_of_a_run_is_a_flag_with_the_same_default() -> None:
 
 
 def test_facts_are_edited_whole_unless_a_limit_is_given() -> None:
-    config = config_of(evaluate.parser().parse_args(["--facts=f.csv"]))
-    assert (config.ds_name, config.dataset_size_limit) == ("facts", None)
-    config = config_of(evaluate.parser().parse_args(["--facts=f.csv", "--dataset_size_limit=40"]))
+    """By flags, in a sweep, and in the command that run.json says."""
+    from sphere.commands.sweep_job import jobs_of
+
+    def swept(*words: str) -> RunConfig:
+        return jobs_of(list(words))[0].config
+
+    for config in config_of(evaluate.parser().parse_args(["--facts=f.csv"])), swept("facts=f.csv"):
+        assert (config.ds_name, config.dataset_size_limit) == ("facts", None)
+    words = ["--dataset_size_limit=40", "--facts=f.csv"]
+    config = config_of(evaluate.parser().parse_args(words))
     assert config.dataset_size_limit == 40
+    assert swept("facts=f.csv", "dataset_size_limit=40").dataset_size_limit == 40
+    assert sorted(shlex.split(command_of(dataclasses.asdict(config)))[4:]) == words
+    assert swept().dataset_size_limit == settings()["dataset_size_limit"].default
+    assert swept("dataset_size_limit=null").dataset_size_limit is None
 
 
 def test_flags_sweep_keys_and_commands_are_made_of_the_same_fields(tmp_path: Path) -> None:
@@ -66,14 +77,15 @@ def test_flags_sweep_keys_and_commands_are_made_of_the_same_fields(tmp_path: Pat
         if name in ("output_dir", "continue_from_run", "overwrite"):  # a sweep decides these itself
             assert name not in keys
             continue
-        assert keys[name].default == setting.default
+        if name != "dataset_size_limit":
+            assert keys[name].default == setting.default
         assert all(keys[old].default is None for old in setting.old_names)
         other = {bool: True, int: 7, float: 0.25, str: (setting.choices or ("z",))[-1]}[setting.kind]
         config = RunConfig(**{name: other})
-        words = shlex.split(command_of(dataclasses.asdict(config)))
-        assert words[4:] == [f"--{name}" if other is True else f"--{name}={other}"]
         if name == "facts":  # of which all are meant
             config = dataclasses.replace(config, dataset_size_limit=None)
+        words = shlex.split(command_of(dataclasses.asdict(config)))
+        assert words[4:] == [f"--{name}" if other is True else f"--{name}={other}"]
         assert config_of(evaluate.parser().parse_args(words[4:])) == config
         assert getattr(job_of(sweep | {name: other}).config, name) == other
 

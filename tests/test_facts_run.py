@@ -15,6 +15,8 @@ from sphere.commands import check, edit, score
 from sphere.data.records import Record
 from sphere.errors import SphereError
 from sphere.evaluation.unedited_answers import N_CONTROLS, complete
+from sphere.report.collect import load_runs
+from sphere.report.commands import score_command
 from sphere.requests import EditRequest
 from sphere.runs.facts_file import FACTS_NAME, load_facts, read_run_facts
 from sphere.runs.run import execute
@@ -65,6 +67,18 @@ def test_edited_scored_and_scored_again(
     code, _, err = command(score.main, again, monkeypatch, capsys)
     assert code == 0, err
     assert json.loads((folder / "summary" / "summary.json").read_text()) == summary
+    # the first so many, of facts as of any dataset; a report's command leaves them whole
+    code, _, err = command(score.main, [*again, "--dataset_size_limit=3"], monkeypatch, capsys)
+    assert code == 2
+    assert "made 4 edits, of which the dataset holds only 3" in err
+    (run,) = load_runs([folder])
+    assert "--dataset_size_limit" not in score_command(run)
+
+
+def test_the_log_says_how_many_facts_are_edited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "sphere")
+    assert len(load_facts(str(table(tmp_path)), None, "stop", 3).records) == 3
+    assert "3 of 4 facts, 0 rows skipped" in caplog.text
 
 
 def test_a_run_that_is_continued_keeps_its_answers(

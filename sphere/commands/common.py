@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tqdm.auto import tqdm
 
 from sphere.errors import SphereError
-from sphere.runs.config import RunConfig, Setting, settings
+from sphere.runs.config import RunConfig, Setting, limit_by_default, settings
 
 if TYPE_CHECKING:
     from sphere.evaluation.answer_metrics import AnswerOptions
@@ -146,8 +146,8 @@ def add_run_settings(parser: argparse.ArgumentParser) -> Groups:
 def config_of(arguments: argparse.Namespace) -> RunConfig:
     """The run that flags of `add_run_settings` or `add_settings` stand for; a command's own flags are left out."""
     values = {name: value for name, value in vars(arguments).items() if name in settings()}
-    if values.get("facts") is None and values.get("dataset_size_limit", 0) is None:
-        del values["dataset_size_limit"]
+    if "dataset_size_limit" in values and values["dataset_size_limit"] is None:  # not given
+        values["dataset_size_limit"] = limit_by_default(values.get("facts"))
     return RunConfig(**values)
 
 

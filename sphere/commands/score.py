@@ -110,6 +110,7 @@ def _edits(args: argparse.Namespace) -> int:
     own = args.ds_name == OWN_FACTS
     if own:
         records, notes = read_run_facts(args.weight_folder)
+        records = records[: args.dataset_size_limit]
     else:
         records, notes = load_records(args.ds_name, args.data_dir, args.dataset_size_limit), {}
     processes = start(args.device, args.device_map)

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from sphere.renamed import by_new_names
-from sphere.runs.config import RunConfig, settings
+from sphere.runs.config import RunConfig, limit_by_default, settings
 from sphere.runs.forecast import progress_line
 from sphere.runs.job import SCORING, Job
 from sphere.runs.sweep import run_job
@@ -27,6 +27,7 @@ from sphere.runs.sweep import run_job
 log = logging.getLogger(__name__)
 
 ALONE = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # one job after the other
+LIMIT = "dataset_size_limit"  # where it is not given, facts decide; null is all
 OF_THE_COMMAND = ("dry_run", "report", "reference")  # no part of a job
 DECIDED_HERE = ("output_dir", "continue_from_run", "overwrite")
 
@@ -39,7 +40,8 @@ def schema() -> type:
             kind: Any = setting.kind | None if setting.optional else setting.kind
             if setting.words:  # a number or a word: read by `Setting.read`
                 kind = Any
-            keys.append((setting.name, kind, dataclasses.field(default=setting.default)))
+            default = MISSING if setting.name == LIMIT else setting.default
+            keys.append((setting.name, kind, dataclasses.field(default=default)))
             keys += [(old, setting.kind | None, dataclasses.field(default=None)) for old in setting.old_names]
     of_the_sweep: list[tuple[str, Any]] = [
         ("reference", str | None),
@@ -59,7 +61,9 @@ ConfigStore.instance().store(name="settings", node=schema())
 def job_of(config: dict[str, Any], number: int = 0) -> Job:
     """The job of one combination of values; `number` says whose turn at `devices` it is."""
     old = {name for setting in settings().values() for name in setting.old_names}
-    values = by_new_names({key: v for key, v in config.items() if key not in old or v is not None})
+    given = {key: v for key, v in config.items() if v != MISSING and (key not in old or v is not None)}
+    values = by_new_names(given)
+    values.setdefault(LIMIT, limit_by_default(values.get("facts")))
     sweep_dir = values.pop("sweep_dir")
     scoring = {name: values.pop(name, default) for name, default in SCORING.items()}
     for key in OF_THE_COMMAND:

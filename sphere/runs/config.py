@@ -381,6 +381,11 @@ def describe(config: RunConfig, command: str | None) -> dict[str, Any]:
     }
 
 
+def limit_by_default(facts: str | None) -> int | None:
+    """`dataset_size_limit` where none is given: its default for a dataset, none for one's own facts."""
+    return RunConfig.dataset_size_limit if facts is None else None
+
+
 def command_of(config: Mapping[str, Any]) -> str:
     """The command that makes a run of this configuration (`run.json`, or a `RunConfig` as a dictionary) again."""
     words = [*PROGRAM, "edit"]
@@ -388,9 +393,13 @@ def command_of(config: Mapping[str, Any]) -> str:
     skipped = {"continue_from_run", "overwrite"} | ({"ds_name"} if values.get("facts") else set())
     if values.get("dataset_size_limit") is None and "case_ids" in values:
         values["dataset_size_limit"] = len(values["case_ids"])  # the command's own default is no "all"
+    defaults = {"dataset_size_limit": limit_by_default(values.get("facts"))}
     for setting in settings().values():
-        value = values.get(setting.name, setting.default)
-        if setting.name in skipped or value == setting.default or value is None:
+        value, default = (
+            values.get(setting.name, setting.default),
+            defaults.get(setting.name, setting.default),
+        )
+        if setting.name in skipped or value == default or value is None:
             continue
         words.append(f"--{setting.name}" if value is True else f"--{setting.name}={value}")
     return shlex.join(words)

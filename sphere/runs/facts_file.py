@@ -70,8 +70,9 @@ def load_facts(
         log.warning("%s: row %d is skipped: %s", source, bad.number, bad.reason)
     if not facts.records:
         raise SphereError(f"{source} holds no fact that can be used.", argument="facts")
-    log.info("%s: %d facts, %d rows skipped", source, len(facts.records), len(facts.bad))
-    return dataclasses.replace(facts, records=facts.records[:limit])
+    used = facts.records[:limit]
+    log.info("%s: %d of %d facts, %d rows skipped", source, len(used), len(facts.records), len(facts.bad))
+    return dataclasses.replace(facts, records=used)
 
 
 def read_subjects(path: str | Path) -> list[str]:
