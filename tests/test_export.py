@@ -320,6 +320,30 @@ def test_bad_requests_are_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    "form, flags, useless",
+    [
+        ("hf", ["--rank=8", "--quant=f16", "--adapter"], "rank, quant, adapter"),
+        ("peft", ["--quant=f16", "--shard_size=5GB"], "shard_size, quant"),
+        ("gguf", ["--dtype=float16", "--quant=f16"], "dtype"),
+    ],
+)
+def test_flags_that_a_form_has_no_use_for_are_refused(
+    form: str,
+    flags: list[str],
+    useless: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before the run is looked at."""
+    words = [str(tmp_path / "no run"), str(tmp_path / "out"), f"--to={form}", *flags]
+    code, _, err = command(export_command.main, words, monkeypatch, capsys)
+    assert code == 2
+    assert f"An export to {form} has no use for {useless}, only for" in err
+    assert err.endswith(f"(--{useless.replace(', ', ', --')}, --to).\n")
+
+
 def test_no_run_there(tmp_path: Path) -> None:
     with pytest.raises(SphereError, match="No folder"):
         export_run(tmp_path / "no run", "hf", tmp_path / "out")

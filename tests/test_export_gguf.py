@@ -208,6 +208,17 @@ def test_bad_types_are_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_copy_has_no_rank(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "sphere.export.run.load_edited",
+        lambda *_, **__: pytest.fail("it is known before the model is loaded"),
+    )
+    with pytest.raises(SphereError, match="a copy of its file, which has no rank") as refused:
+        export_run(run, "gguf", tmp_path / "out", ExportOptions(rank=8))
+    assert refused.value.arguments == ("rank", "adapter")
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_of_architectures_and_tensors() -> None:
     assert architecture_of("qwen2_moe") == "qwen2moe"
     assert architecture_of("gemma3_text") == "gemma3"

@@ -39,9 +39,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         default=None,
-        help="float32, bfloat16 or float16 (default: as the model was edited; float32 for adapters)",
+        help="hf, peft: float32, bfloat16 or float16 (default: as the model was edited; float32 for adapters)",
     )
-    parser.add_argument("--shard_size", default="5GB", metavar="SIZE", help="hf: the largest size of a file")
+    parser.add_argument(
+        "--shard_size", default=None, metavar="SIZE", help="hf: the largest size of a file (default: 5GB)"
+    )
     parser.add_argument(
         "--rank",
         type=positive_int,

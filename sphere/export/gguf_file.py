@@ -36,6 +36,12 @@ class Replacement:
     data: np.ndarray
 
 
+def came_as_gguf(model_name: str) -> bool:
+    """Whether a model is loaded from a GGUF file."""
+    path = Path(model_name)
+    return (path.is_file() and path.suffix == ".gguf") or (model_name in EMBEDDED and not path.exists())
+
+
 def source_file(model_name: str, workspace: Path) -> Path | None:
     """The GGUF file that a model is loaded from; None where it comes as something else.
 
@@ -43,10 +49,10 @@ def source_file(model_name: str, workspace: Path) -> Path | None:
         workspace: a folder to put a file together in that comes in parts.
     """
     path = Path(model_name)
-    if path.is_file() and path.suffix == ".gguf":
-        return path
-    if model_name not in EMBEDDED or path.exists():
+    if not came_as_gguf(model_name):
         return None
+    if path.exists():
+        return path
     parts = part_files(model_name)
     if len(parts) == 1:
         return parts[0]

@@ -6,24 +6,28 @@ The folder has its name only when all that is done; until then, and after any fa
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
 from transformers import PreTrainedModel
 
+from sphere.checkpoints import read_config
 from sphere.errors import SphereError
 from sphere.export.card import card
 from sphere.export.checks import Comparison, check_same, questions_of
 from sphere.export.edited import EditedRun, load_edited
 from sphere.export.gguf import GgufForm
+from sphere.export.gguf_file import came_as_gguf
 from sphere.export.hf import SHARD_SIZE, HuggingFaceFolder
 from sphere.export.peft import PeftAdapter
 from sphere.files import atomic_folder
 
 log = logging.getLogger(__name__)
 
-FORMS = ("hf", "peft", "gguf")
+# Form -> the options that it has a use for.
+USES = {"hf": ("dtype", "shard_size"), "peft": ("dtype", "rank"), "gguf": ("quant", "adapter", "rank")}
+FORMS = tuple(USES)
 CARD_NAME = "README.md"
 
 
@@ -32,15 +36,15 @@ class ExportOptions:
     """What is asked of an export beside its form.
 
     Attributes:
-        dtype: of the weights that are written; None: as the model was edited, and float32 for adapters.
-        shard_size: the largest size of one of hf's files.
-        rank: of an adapter; None: the edits' own, which is exact.
+        dtype: hf, peft: of the weights that are written; None: as the model was edited, and float32 for adapters.
+        shard_size: the largest size of one of hf's files; None: 5GB.
+        rank: of an adapter, peft's or gguf's; None: the edits' own, which is exact.
         quant: gguf: type of the edited tensors; None: their own in the file, and f32 for adapters.
         adapter: gguf: a LoRA adapter although the model came as GGUF.
     """
 
     dtype: str | None = None
-    shard_size: str = SHARD_SIZE
+    shard_size: str | None = None
     rank: int | None = None
     quant: str | None = None
     adapter: bool = False
@@ -100,11 +104,13 @@ def export_run(
         model_name: the unedited model, where it is no longer where run.json says.
 
     Raises:
-        SphereError: bad options, no such checkpoint, a base model that is not at hand, something at `out` already, a
-            full disk, or an export that is not what was written; nothing is left at `out`.
+        SphereError: bad options or one that the form has no use for, no such checkpoint, a base model that is not at
+            hand, something at `out` already, a full disk, or an export that is not what was written; nothing is left at
+            `out`.
     """
     options = options or ExportOptions()
     writer, out = _form(form, options), Path(out)
+    _check_rank(form, options, model_name or read_config(folder).get("model_name"))
     with atomic_folder(out) as temporary:
         run = load_edited(folder, checkpoint, model_name=model_name, device=device, device_map=device_map)
         questions = questions_of(run)
@@ -123,10 +129,33 @@ def export_run(
 
 
 def _form(name: str, options: ExportOptions) -> Form:
+    """The writer of a form.
+
+    Raises:
+        SphereError: an unknown form, or an option that it has no use for.
+    """
+    if name not in FORMS:
+        raise SphereError(f"Unknown form '{name}': use one of {', '.join(FORMS)}.", argument="to")
+    given = [field.name for field in fields(options) if getattr(options, field.name) != field.default]
+    if useless := [option for option in given if option not in USES[name]]:
+        raise SphereError(
+            f"An export to {name} has no use for {', '.join(useless)}, only for {', '.join(USES[name])}: leave that "
+            "out, or choose another form.",
+            argument=(*useless, "to"),
+        )
     if name == "hf":
-        return HuggingFaceFolder(options.dtype, options.shard_size)
+        return HuggingFaceFolder(options.dtype, options.shard_size or SHARD_SIZE)
     if name == "peft":
         return PeftAdapter(options.rank, options.dtype)
-    if name == "gguf":
-        return GgufForm(options.quant, options.adapter, options.rank)
-    raise SphereError(f"Unknown form '{name}': use one of {', '.join(FORMS)}.", argument="to")
+    return GgufForm(options.quant, options.adapter, options.rank)
+
+
+def _check_rank(form: str, options: ExportOptions, model_name: str | None) -> None:
+    """A rank is one of an adapter."""
+    copied = form == "gguf" and not options.adapter and model_name is not None and came_as_gguf(model_name)
+    if copied and options.rank is not None:
+        raise SphereError(
+            "The model came as GGUF and becomes a copy of its file, which has no rank: leave that out, or ask for an "
+            "adapter.",
+            argument=("rank", "adapter"),
+        )
