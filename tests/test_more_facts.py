@@ -183,6 +183,7 @@ def test_what_cannot_be_continued_is_said_and_leaves_the_run(
         "has its own alg_name, num_edits: leave that out, or begin a new run (--alg_name, --num_edits)"
         in said
     )
+    assert "not of one that is continued" in bad(f"--continue={run}", facts, "--dry_run")
     assert "no run to continue" in bad(f"--continue={tmp_path / 'none'}", facts)
     assert "No table of facts" in bad(f"--continue={run}", f"--facts={tmp_path / 'none.csv'}")
     long = write(tmp_path / "long.csv", [("{} is in " + "a" * 300, "Ann", "Rome", "Paris")])

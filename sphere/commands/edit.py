@@ -38,6 +38,7 @@ from sphere.commands.common import (
     make_parser,
     scored_facts,
 )
+from sphere.errors import SphereError
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,6 +78,11 @@ def main(argv: list[str] | None = None) -> int:
 
         print(describe_methods(config.hparams_dir))
         return 0
+    if arguments.dry_run and arguments.continued_run:
+        raise SphereError(
+            "The plan is that of a new run, not of one that is continued: leave one of the two out.",
+            argument=("dry_run", "continue"),
+        )
     answers, sample = answer_options(arguments), scored_facts(arguments)  # before hours of editing
     if arguments.dry_run:
         from sphere.runs.plan import describe_run
