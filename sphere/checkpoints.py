@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sphere.errors import SphereError
+from sphere.errors import SphereError, first_line
 from sphere.factors import Factors
 from sphere.files import atomic_path, read_json, write_json
 from sphere.renamed import by_new_names
@@ -171,7 +171,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         content = load_file(path) if safetensors else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged or unsafe file
         unsafe = str(error).startswith("Weights only load failed")
-        reason = "it holds more than tensors, which could run code" if unsafe else str(error).splitlines()[0]
+        reason = "it holds more than tensors, which could run code" if unsafe else first_line(error)
         raise SphereError(
             f"Cannot read the checkpoint {path} safely ({reason}): write it again or remove it."
         ) from error

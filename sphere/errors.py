@@ -1,4 +1,4 @@
-"""The one exception of this package: a sentence for the user.
+"""The one exception of this package: a sentence for the user; and what other exceptions say, in it.
 
 It knows nothing of command lines; `sphere.commands.common` turns it into an exit status and names the flags.
 """
@@ -19,3 +19,8 @@ class SphereError(Exception):
     def __init__(self, message: str, *, argument: str | Sequence[str] = ()) -> None:
         super().__init__(message)
         self.arguments = (argument,) if isinstance(argument, str) else tuple(argument)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, to be part of a sentence; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from sphere.embedded import DEFAULT_MODEL, EMBEDDED, assemble, part_files
-from sphere.errors import SphereError
+from sphere.errors import SphereError, first_line
 from sphere.kept_folders import cache_folder, kept_folder
 
 log = logging.getLogger(__name__)
@@ -71,10 +71,9 @@ def load_model(
         tokenizer = _tokenizer(name, source, **from_file)
         model, report = _load(source, options | {"config": config})
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SphereError(
-            f"Cannot load a causal language model from '{name}' ({reason}): give a folder with config.json and "
-            f"weights, a hub id, or '{DEFAULT_MODEL}'.",
+            f"Cannot load a causal language model from '{name}' ({first_line(error)}): give a folder with config.json "
+            f"and weights, a hub id, or '{DEFAULT_MODEL}'.",
             argument="model_name",
         ) from error
     _check_weights(model, name, report)
@@ -103,9 +102,8 @@ def _tokenizer(name: str, source: str, **options: Any) -> PreTrainedTokenizerBas
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SphereError(
-            f"Cannot load the tokenizer of '{name}' ({reason}): give a folder with its files, a hub id, or "
+            f"Cannot load the tokenizer of '{name}' ({first_line(error)}): give a folder with its files, a hub id, or "
             f"'{DEFAULT_MODEL}'.",
             argument="model_name",
         ) from error
@@ -133,10 +131,9 @@ def meta_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTraine
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=wanted)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SphereError(
-            f"Cannot read the configuration of a causal language model from '{name}' ({reason}): give a folder that "
-            "holds its config.json, or a hub id where the hub can be reached.",
+            f"Cannot read the configuration of a causal language model from '{name}' ({first_line(error)}): give a "
+            "folder that holds its config.json, or a hub id where the hub can be reached.",
             argument="model_name",
         ) from error
     return model.eval().requires_grad_(False)

@@ -545,8 +545,9 @@ def published(tiny: TinyRun) -> Path:
             f"'{NAME}' in the checkpoint .* is not finite",
         ),
         (b"abc", "Cannot read the checkpoint .* safely"),
+        (b"", "Cannot read the checkpoint .* safely .EOFError"),
     ],
-    ids=["code", "list", "numbers", "name", "shape", "nan", "bytes"],
+    ids=["code", "list", "numbers", "name", "shape", "nan", "bytes", "empty"],
 )
 def test_published_checkpoints(content: Any, says: str, tiny: TinyRun, refused: Refuse) -> None:
     path = published(tiny) / "edit_2.pth"

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sphere.errors import SphereError
+from sphere.errors import SphereError, first_line
 from sphere.files import atomic_path, write_json
 
 from .factors import Factors
@@ -165,9 +165,8 @@ class MendEditor(nn.Module):
             editor = cls(shapes, settings["rank"], edit_lr=1.0)
             editor.load_state_dict(tensors)
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SphereError(
-                f"{path} is not a trained MEND editor ({reason}): remove it and train again with "
+                f"{path} is not a trained MEND editor ({first_line(error)}): remove it and train again with "
                 "`python -m sphere.baselines.mend.train`."
             ) from error
         return editor

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere.commands.common import make_parser, run_cli
-from sphere.errors import SphereError
+from sphere.errors import SphereError, first_line
 
 
 def configuration(overrides: list[str]) -> dict[str, Any]:
@@ -32,9 +32,8 @@ def configuration(overrides: list[str]) -> dict[str, Any]:
         try:
             config = OmegaConf.to_container(compose("config", overrides), resolve=True)
         except (HydraException, OmegaConfBaseException) as error:
-            reason = str(error).splitlines()[0]
             raise SphereError(
-                f"{reason} Give entries of baselines/mend/config.yaml as key=value, e.g. training.steps=100."
+                f"{first_line(error)} Give entries of baselines/mend/config.yaml as key=value, e.g. training.steps=100."
             ) from error
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}

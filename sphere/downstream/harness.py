@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sphere.downstream.tasks import FOLDER
-from sphere.errors import SphereError
+from sphere.errors import SphereError, first_line
 from sphere.evaluation.states import State
 from sphere.files import atomic_path, read_json, write_json
 from sphere.forward.passes import PassOptions
@@ -141,10 +141,9 @@ class Harness:
                     bootstrap_iters=BOOTSTRAP,
                 )
             except (OSError, ValueError) as error:  # data sets that cannot be had
-                reason = str(error).strip().splitlines()[0]
                 raise SphereError(
-                    f"lm-evaluation-harness could not run {', '.join(tasks)} ({reason}): check the names and the "
-                    "network, or use the local tasks."
+                    f"lm-evaluation-harness could not run {', '.join(tasks)} ({first_line(error)}): check the names "
+                    "and the network, or use the local tasks."
                 ) from error
         return {
             task: (

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sphere.errors import SphereError
+from sphere.errors import SphereError, first_line
 from sphere.requests import check_encodable
 from sphere.resources import find
 from sphere.values import self_text
@@ -137,10 +137,9 @@ class Corpus:
             for row in stream.shuffle(seed=self.seed, buffer_size=SHUFFLE_BUFFER):
                 yield row["text"]
         except Exception as error:  # the hub client raises many kinds
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise SphereError(
-                f"Cannot stream '{self.source}' from {name} ({reason}): check the network, or set mom2_dataset to a "
-                f"local .txt/.jsonl file or to '{SELF}' in the hyperparameter file."
+                f"Cannot stream '{self.source}' from {name} ({first_line(error)}): check the network, or set "
+                f"mom2_dataset to a local .txt/.jsonl file or to '{SELF}' in the hyperparameter file."
             ) from error
 
 
