@@ -50,9 +50,9 @@ def settings(tiny: TinyRun, name: str, output: str, **more: object) -> RunConfig
     return tiny.config(output, facts=str(tiny.folder / f"{name}.csv"), dataset_size_limit=None, **more)
 
 
-def given(tiny: TinyRun, **more: object) -> RunConfig:
+def given(tiny: TinyRun, **more: object) -> dict[str, object]:
     """What is given with the further facts."""
-    return RunConfig(facts=str(tiny.folder / "more.csv"), dataset_size_limit=None, device="cpu", **more)
+    return {"facts": str(tiny.folder / "more.csv"), "device": "cpu", **more}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_kill_before_run_json_leaves_the_run(run: Path, whole: Path, tiny: Tin
         with pytest.raises(Stopped):
             continue_run(run, given(tiny))
     assert read_config(run)["case_ids"] == [1, 2, 3, 4]
-    done, _ = continue_run(run, RunConfig(device="cpu"))
+    done, _ = continue_run(run, {"device": "cpu"})
     assert not done.reports
     continue_run(run, given(tiny))
     check_same(run, whole)
@@ -184,6 +184,10 @@ def test_what_cannot_be_continued_is_said_and_leaves_the_run(
         in said
     )
     assert "not of one that is continued" in bad(f"--continue={run}", facts, "--dry_run")
+    said = bad(f"--continue={run}", facts, "--num_edits=20", "--alg_name=AlphaEdit", "--ds_name=facts")
+    assert "has its own num_edits: leave that out" in said  # a default, too, where it is not the run's
+    said = bad(f"--continue={run}", "--dataset_size_limit=3", "--on_bad_record=skip", "--overwrite")
+    assert "its own on_bad_record, dataset_size_limit, overwrite: leave" in said  # no further facts
     assert "no run to continue" in bad(f"--continue={tmp_path / 'none'}", facts)
     assert "No table of facts" in bad(f"--continue={run}", f"--facts={tmp_path / 'none.csv'}")
     long = write(tmp_path / "long.csv", [("{} is in " + "a" * 300, "Ann", "Rome", "Paris")])

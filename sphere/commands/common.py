@@ -151,6 +151,13 @@ def config_of(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig(**values)
 
 
+def given_settings(parser: argparse.ArgumentParser, argv: list[str] | None) -> dict[str, Any]:
+    """The settings of a run that a command line names, be they the defaults; those that it leaves out are left out."""
+    left_out = object()
+    found = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(settings(), left_out))))
+    return {name: found[name] for name in settings() if found[name] is not left_out}
+
+
 def add_scoring_flags(group: argparse._ArgumentGroup) -> None:
     """Which facts are scored, which of them text is generated for, and who judges it."""
     group.add_argument(

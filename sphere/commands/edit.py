@@ -35,6 +35,7 @@ from sphere.commands.common import (
     config_of,
     exact_match_facts,
     generation_interval,
+    given_settings,
     make_parser,
     scored_facts,
 )
@@ -71,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, edit, score, print."""
-    arguments = parser().parse_args(argv)
+    flags = parser()
+    arguments = flags.parse_args(argv)
     config = config_of(arguments)
     if arguments.list_methods:
         from sphere.runs.method_list import describe_methods
@@ -92,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.continued_run:
         from sphere.runs.more_facts import continue_run
 
-        run, config = continue_run(arguments.continued_run, config)
+        run, config = continue_run(arguments.continued_run, given_settings(flags, argv))
     else:
         from sphere.runs.run import execute
 

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from sphere.checkpoints import LOG_NAME, RESUME_NAME, USER_TURN, write_config
-from sphere.data.facts import Facts
 from sphere.data.formats import Kind
 from sphere.data.records import Record, load_records
 from sphere.distributed import Processes, start
@@ -28,9 +27,9 @@ from sphere.lock import locked
 from sphere.methods import get_method
 from sphere.models import load_model
 from sphere.runs.batches import PARTS, batch_ends, cut, parts_of
-from sphere.runs.config import OWN_FACTS, RunConfig, config_in, saved_at, settings
+from sphere.runs.config import OWN_FACTS, RunConfig, config_in, saved_at
 from sphere.runs.dtypes import z_matmul_dtype_used
-from sphere.runs.facts_file import complete_facts, load_facts, read_run_facts, write_all_facts
+from sphere.runs.facts_file import complete_facts, own_facts, read_run_facts, write_all_facts
 from sphere.runs.folder import FACTS_NAME, open_folder
 from sphere.runs.lengths import check_records
 from sphere.runs.remake import CONTINUED, continuation
@@ -42,10 +41,6 @@ log = logging.getLogger(__name__)
 
 # What may be another than the run began with: where things are and how they are computed.
 FREE = (
-    "facts",
-    "subjects",
-    "on_bad_record",
-    "dataset_size_limit",
     "model_name",
     "device",
     "device_map",
@@ -61,61 +56,60 @@ FREE = (
     "conserve_memory",
     "use_cache",
 )
+# Settings of the further facts, not of the run, and what they are where they are not given.
+OF_FACTS: Mapping[str, Any] = {
+    "facts": None,
+    "subjects": None,
+    "on_bad_record": RunConfig.on_bad_record,
+    "dataset_size_limit": None,
+}
 
 
-FACT_FLAGS = ("facts", "subjects", "on_bad_record", "dataset_size_limit")  # of the new facts, not of the run
-
-
-def continue_run(folder: str | Path, given: RunConfig) -> tuple[Run, RunConfig]:
-    """Go on with a run, with the further facts that `given.facts` names, or without any to its end.
+def continue_run(folder: str | Path, given: Mapping[str, Any]) -> tuple[Run, RunConfig]:
+    """Go on with a run, with the further facts that `given["facts"]` names, or without any to its end.
 
     Args:
-        given: settings of which those of FREE count where they are no defaults; the others are the run's own.
+        given: settings by name, those of OF_FACTS where there are further facts, and those of FREE. Others may be given
+            as the run has them; what is not given is the run's own.
 
     Returns:
         The run, and its settings.
 
     Raises:
-        SphereError: no run, a setting that the run has decided, a run without its resume point, or facts that cannot
-            be used. The run is then as it was.
+        SphereError: no run, a setting that the run has decided otherwise, a run without its resume point, or facts that
+            cannot be used. The run is then as it was.
     """
     folder = Path(folder)
-    free = _free(given)
-    processes = start(given.device, given.device_map)
-    with processes.together():
-        facts = processes.on_main(lambda: _facts(given))
-        with locked(folder, processes):
-            return _continue(folder, free, facts, processes)
+    processes = start(given.get("device", RunConfig.device), given.get("device_map"))
+    with processes.together(), locked(folder, processes):
+        return _continue(folder, given, processes)
 
 
-def _free(given: RunConfig) -> dict[str, Any]:
-    """The settings that are given, by name."""
-    standard = RunConfig()
-    own = {
-        name: getattr(given, name) for name in settings() if getattr(given, name) != getattr(standard, name)
-    }
-    if given.facts:
-        own.pop("ds_name", None)
-        own["dataset_size_limit"] = given.dataset_size_limit  # its default is another one for facts
-    if fixed := [name for name in own if name not in FREE]:
+def _settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[RunConfig, RunConfig]:
+    """The settings of the run, and those that its further facts are read with; the same where there are none."""
+    begun = replace(config_in(stored), continue_from_run=False, overwrite=False)  # said of another command
+    further = begun
+    if given.get("facts") is not None:
+        of_facts = {name: given.get(name, default) for name, default in OF_FACTS.items()}
+        further = replace(begun, ds_name=OWN_FACTS, **of_facts)
+    fixed = [
+        name
+        for name, value in given.items()
+        if name not in FREE and value not in (getattr(begun, name), getattr(further, name))
+    ]
+    if fixed:
         raise SphereError(
             f"The run that is continued has its own {', '.join(fixed)}: leave that out, or begin a new run.",
             argument=fixed,
         )
-    return own
+    free = {name: given[name] for name in FREE if name in given}
+    return replace(begun, **free), replace(further, **free)
 
 
-def _facts(given: RunConfig) -> Facts | None:
-    if given.facts is None:
-        return None
-    return load_facts(given.facts, given.subjects, given.on_bad_record, given.dataset_size_limit)
-
-
-def _continue(
-    folder: Path, free: Mapping[str, Any], facts: Facts | None, processes: Processes
-) -> tuple[Run, RunConfig]:
+def _continue(folder: Path, given: Mapping[str, Any], processes: Processes) -> tuple[Run, RunConfig]:
     stored = processes.on_main(lambda: open_folder(folder, continue_from_run=True, overwrite=False))
-    config = replace(config_in(stored), **{name: free[name] for name in free if name not in FACT_FLAGS})
+    config, further = _settings(stored, given)
+    facts = processes.on_main(lambda: own_facts(further)) if given.get("facts") is not None else None
     torch.manual_seed(config.seed)
     earlier, notes = run_records(folder, stored, config)
     model, tokenizer = load_model(config.model_name, processes.device, _dtype(stored), config.device_map)
@@ -131,14 +125,14 @@ def _continue(
         _check_state(folder)
     records = [*earlier, *added]
     if added:
-        config = replace(config, ds_name=OWN_FACTS, facts=str(free["facts"]))
+        config = replace(config, ds_name=OWN_FACTS, facts=str(further.facts))
     hparams = hparams_from_dict(stored["hparams"], get_method(config.alg_name).hparams_class)
     used = processes.on_main(lambda: z_matmul_dtype_used(config, stored, model))
     editor = editor_of(
         config, model, tokenizer, hparams, stored["templates"], processes, turn=turn, used=used
     )
     check_records(editor, records)
-    extended = _extended(stored, config, records, len(added), continuation(folder, free))
+    extended = _extended(stored, config, records, len(added), continuation(folder, given))
     decisive = decided(config, hparams.to_dict(), records, editor)
     check_same(extended, decisive, folder)
     if added:
