@@ -12,7 +12,7 @@ from killed import Stopped, stopped
 from tiny_run import TinyRun, command, contents, records
 from transformers import PreTrainedTokenizerBase
 
-from sphere.checkpoints import read_config, read_weights
+from sphere.checkpoints import read_config, read_weights, write_config
 from sphere.commands.main import main
 from sphere.errors import SphereError
 from sphere.evaluation.undo import UNDO, Choice, change
@@ -170,7 +170,7 @@ def test_facts_go_into_weights_without_what_is_undone(run: Path, whole: Path, ti
 def test_what_cannot_be_continued_is_said_and_leaves_the_run(
     run: Path, tiny: TinyRun, tmp_path, monkeypatch, capsys
 ) -> None:
-    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    before = contents(run, "*")
     facts = f"--facts={tiny.folder / 'more.csv'}"
 
     def bad(*words: str) -> str:
@@ -192,8 +192,14 @@ def test_what_cannot_be_continued_is_said_and_leaves_the_run(
     assert "No table of facts" in bad(f"--continue={run}", f"--facts={tmp_path / 'none.csv'}")
     long = write(tmp_path / "long.csv", [("{} is in " + "a" * 300, "Ann", "Rome", "Paris")])
     assert "Longer than the 256 positions" in bad(f"--continue={run}", f"--facts={long}")
-    after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
-    assert after == before
+    assert "batches end at 2, 4, 6, 7" in bad(f"--continue={run}", facts, "--checkpoints=3")
+    with pytest.raises(SphereError, match="batch_tokens must be at least 1"):
+        continue_run(run, given(tiny, batch_tokens=0))
+    assert contents(run, "*") == before
+    write_config(run, {**read_config(run), "second_moments": "0" * 64})
+    before = contents(run, "*")
+    assert "other second moments than those of today" in bad(f"--continue={run}", facts)
+    assert contents(run, "*") == before
     (run / "resume.safetensors").unlink()
     assert "resume point" in bad(f"--continue={run}", facts)
     assert read_config(run)["case_ids"] == [1, 2, 3, 4]

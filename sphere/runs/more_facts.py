@@ -1,8 +1,9 @@
 """A run that goes on with further facts: the same method, settings and model, from the very state that it is in.
 
 Its `run.json` then names all facts, and where each part of them begins (`sphere.runs.batches`); its `facts.json` holds
-them. Both are written before the first of the new batches, facts.json first: a run whose run.json does not name the new
-facts is as it was. Knows runs and facts; the batches themselves are `sphere.runs.run`'s.
+them. Both are written just before the first of the new batches, when nothing else can be refused, facts.json first: a
+run whose run.json does not name the new facts is as it was. Knows runs and facts; the batches themselves are
+`sphere.runs.run`'s.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ def _settings(stored: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[RunC
             argument=fixed,
         )
     free = {name: given[name] for name in FREE if name in given}
-    return replace(begun, **free), replace(further, **free)
+    config, further = replace(begun, **free), replace(further, **free)
+    further.check()
+    return config, further
 
 
 def _continue(folder: Path, given: Mapping[str, Any], processes: Processes) -> tuple[Run, RunConfig]:
@@ -135,17 +138,16 @@ def _continue(folder: Path, given: Mapping[str, Any], processes: Processes) -> t
     extended = _extended(stored, config, records, len(added), continuation(folder, given))
     decisive = decided(config, hparams.to_dict(), records, editor)
     check_same(extended, decisive, folder)
-    if added:
+    ends = batch_ends(len(records), config.num_edits, parts_of(extended))
+    batches, saved = cut(records, ends), saved_at(config.checkpoints, ends)
+    begin_or_continue(folder, decisive, extended, editor, {})
 
-        def write() -> None:
+    def write() -> None:
+        if added:
             write_all_facts(folder, str(config.facts), records, notes, facts.bad if facts else [])
             write_config(folder, extended)
 
-        processes.on_main(write)
-    begin_or_continue(folder, decisive, extended, editor, {})
-    ends = batch_ends(len(records), config.num_edits, parts_of(extended))
-    batches, saved = cut(records, ends), saved_at(config.checkpoints, ends)
-    reports = edit_and_save(config, editor, batches, folder, saved)
+    reports = edit_and_save(config, editor, batches, folder, saved, write)
     return Run(folder, model, tokenizer, editor, records, reports, notes), config
 
 

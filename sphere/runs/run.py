@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -256,12 +256,18 @@ def monitor_of(editor: Editor, folder: Path, every: int) -> Monitor:
 
 
 def edit_and_save(
-    config: RunConfig, editor: Editor, batches: Sequence[Sequence[Record]], folder: Path, saved: set[int]
+    config: RunConfig,
+    editor: Editor,
+    batches: Sequence[Sequence[Record]],
+    folder: Path,
+    saved: set[int],
+    first: Callable[[], None] | None = None,
 ) -> list[BatchReport]:
     """The batches that an editor has not yet done, with all that a run keeps of each.
 
     Args:
         saved: numbers of edits at which checkpoints are written.
+        first: done by the main process once all that the first batch needs is there, and before it.
     """
     monitor = monitor_of(editor, folder, config.log_energy_every)
     main = editor.services.processes.main
@@ -271,6 +277,8 @@ def edit_and_save(
     checkpoints = CheckpointWriter(folder, editor, saved, config.save)
     order = [record for batch in batches for record in batch]
     guard = guard_of(config, editor, order, folder, ledger.undone)
+    if first:
+        editor.services.processes.on_main(first)
     return _edit(editor, batches, checkpoints, monitor, writer, ledger, guard)
 
 
