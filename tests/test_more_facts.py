@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -113,7 +115,8 @@ def test_a_stopped_run_ends_first(whole: Path, tiny: TinyRun, monkeypatch) -> No
     check_same(folder, whole)
 
 
-def test_a_kill_before_run_json_leaves_the_run(run: Path, whole: Path, tiny: TinyRun, monkeypatch) -> None:
+@contextmanager
+def killed_before_run_json(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A kill between facts.json and run.json."""
 
     def killed(*_: object) -> None:
@@ -122,7 +125,12 @@ def test_a_kill_before_run_json_leaves_the_run(run: Path, whole: Path, tiny: Tin
     with monkeypatch.context() as patch:
         patch.setattr("sphere.runs.more_facts.write_config", killed)
         with pytest.raises(Stopped):
-            continue_run(run, given(tiny))
+            yield
+
+
+def test_a_kill_before_run_json_leaves_the_run(run: Path, whole: Path, tiny: TinyRun, monkeypatch) -> None:
+    with killed_before_run_json(monkeypatch):
+        continue_run(run, given(tiny))
     assert read_config(run)["case_ids"] == [1, 2, 3, 4]
     done, _ = continue_run(run, {"device": "cpu"})
     assert not done.reports
@@ -154,6 +162,23 @@ def test_a_run_of_a_dataset_takes_facts_and_is_scored_with_them(tiny: TinyRun, m
     ]
     code, _, err = command(main, score, monkeypatch, capsys)
     assert code == 0, err
+
+
+def test_a_table_of_the_user_is_never_written_over(tiny: TinyRun, monkeypatch, tmp_path) -> None:
+    folder = execute(tiny.config("table", dataset_size_limit=2)).folder
+    table = folder / "facts.json"
+    rows = [{"prompt": "{} is in", "subject": "Ann", "target_new": "Rome", "target_true": "Paris"}]
+    table.write_text(json.dumps(rows))
+    before = contents(folder, "*")
+    for facts in table, tiny.folder / "more.csv":
+        with pytest.raises(SphereError, match=r"holds facts\.json, which no run wrote there .* move it"):
+            continue_run(folder, given(tiny, facts=str(facts)))
+    assert contents(folder, "*") == before
+    table.rename(tmp_path / "mine.json")
+    with killed_before_run_json(monkeypatch):
+        continue_run(folder, given(tiny, facts=str(tmp_path / "mine.json")))
+    found, _ = continue_run(folder, given(tiny, facts=str(tmp_path / "mine.json")))  # what is left is ours
+    assert [record.request.subject for record in found.records[2:]] == ["Ann"]
 
 
 def test_facts_go_into_weights_without_what_is_undone(run: Path, whole: Path, tiny: TinyRun) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from itertools import count
@@ -31,7 +32,7 @@ from sphere.runs.batches import PARTS, batch_ends, cut, parts_of
 from sphere.runs.config import OWN_FACTS, RunConfig, config_in, saved_at
 from sphere.runs.dtypes import z_matmul_dtype_used
 from sphere.runs.facts_file import complete_facts, own_facts, read_run_facts, write_all_facts
-from sphere.runs.folder import FACTS_NAME, open_folder
+from sphere.runs.folder import FACTS_NAME, foreign_files, open_folder
 from sphere.runs.lengths import check_records
 from sphere.runs.remake import CONTINUED, continuation
 from sphere.runs.run import Run, begin_or_continue, edit_and_save, editor_of
@@ -115,17 +116,21 @@ def _continue(folder: Path, given: Mapping[str, Any], processes: Processes) -> t
     facts = processes.on_main(lambda: own_facts(further)) if given.get("facts") is not None else None
     torch.manual_seed(config.seed)
     earlier, notes = run_records(folder, stored, config)
+    if facts and _are_last(facts.records, earlier, parts_of(stored)[-1]):
+        facts = None
+    if facts:
+        _check_state(folder)
+        _check_place(folder, stored)
     model, tokenizer = load_model(config.model_name, processes.device, _dtype(stored), config.device_map)
     turn = stored.get(USER_TURN, BARE)
     added: list[Record] = []
-    if facts and not _are_last(facts.records, earlier, parts_of(stored)[-1]):
+    if facts:
         new = replace(facts, records=_renumbered(facts.records, earlier, earlier[0].kind))
         added, more = processes.on_main(
             lambda: complete_facts(model, tokenizer, new, None, config.passes, turn)
         )
         begin = len(earlier)
         notes |= {f"{key}_after_{begin}": f"Of the facts after {begin}: {note}" for key, note in more.items()}
-        _check_state(folder)
     records = [*earlier, *added]
     if added:
         config = replace(config, ds_name=OWN_FACTS, facts=str(further.facts))
@@ -215,6 +220,21 @@ def _check_state(folder: Path) -> None:
             f"The resume point of the run in {folder} is gone ({RESUME_NAME}): without its earlier keys and random "
             "state no further facts can be added; begin a new run with all facts."
         )
+
+
+def _check_place(folder: Path, stored: Mapping[str, Any]) -> None:
+    """What lies in the place of the run's facts is its own, or was left by a kill as facts were added."""
+    if FACTS_NAME not in foreign_files(folder):
+        return
+    with suppress(SphereError, ValueError):  # no table of ours
+        kept, _ = read_run_facts(folder)
+        if digest_of(kept[: len(stored["case_ids"])])["requests"] == stored["requests"]:
+            return
+    raise SphereError(
+        f"{folder} holds {FACTS_NAME}, which no run wrote there and which the facts of this one would replace: move it "
+        "elsewhere.",
+        argument="facts",
+    )
 
 
 def _extended(
