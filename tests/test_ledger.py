@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,28 +213,42 @@ def test_half_precision_is_added_up_in_single(tiny: TinyRun) -> None:
     assert contents(folder) == before
 
 
-def test_a_continued_run_goes_on_without_what_is_undone(tiny: TinyRun, monkeypatch) -> None:
-    """A run that was stopped after two batches, of which one is undone: its third batch is added to the others."""
-    config = tiny.config("stopped", dataset_size_limit=N, checkpoints="ends")
+def ledger_sum(folder: Path, undone: Collection[int] = ()) -> dict[str, torch.Tensor]:
+    """What the facts of all batches add by their factors, less those that are undone."""
+    found = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in total(folder, N).items()}
+    for entry in read_entries(folder):
+        staying = [place for place, case in enumerate(entry.case_ids) if case not in undone]
+        for name, one in read_updates(folder, entry)[0].items():
+            found[name] += one.delta(staying)
+    return found
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["before its checkpoint", "after its checkpoint"])
+def test_a_continued_run_goes_on_without_what_is_undone(saved: bool, tiny: TinyRun, monkeypatch) -> None:
+    """A run that was stopped in its third batch, and a fact of the second is undone: the third is edited onto that."""
+    config = tiny.config(f"stopped_{saved}", dataset_size_limit=N, checkpoints="ends")
     with killed.stopped(monkeypatch, 2):
         execute(config)
     folder = next(path.parent for path in Path(config.output_dir).rglob("run.json"))
-    (folder / f"edit_{N}.safetensors").unlink()  # written before the line
-    assert [entry.n_edits for entry in read_entries(folder)] == [
-        2,
-        4,
-    ]  # the third batch's file is of no batch
-    assert change(folder, UNDO, Choice(cases=(3,))).n_edits == 4
-    execute(replace(config, continue_from_run=True))
+    if not saved:
+        (folder / f"edit_{N}.safetensors").unlink()  # written before the line
+    ends = [entry.n_edits for entry in read_entries(folder)]
+    assert ends == [2, 4, 6][: 2 + saved]  # without its checkpoint the third batch's file is of no batch
+    assert change(folder, UNDO, Choice(cases=(3,))).n_edits == ends[-1]
+    again = replace(config, continue_from_run=True)
+    if saved:  # what is edited again cannot be left out
+        change(folder, UNDO, Choice(cases=(5,)))
+        with pytest.raises(
+            SphereError, match=r"goes on after 4 edits.* undone of the later ones \(case 5\): redo"
+        ):
+            execute(again)
+        change(folder, REDO, Choice(cases=(5,)))
+    execute(again)
     assert undone_cases(folder, N) == {3}
-    expected = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in total(folder, N).items()}
-    for entry in read_entries(folder):
-        staying = [place for place, case in enumerate(entry.case_ids) if case != 3]
-        for name, one in read_updates(folder, entry)[0].items():
-            expected[name] += one.delta(staying)
-    assert_near(total(folder, N), expected)
+    assert_near(total(folder, N), ledger_sum(folder, {3}))
     change(folder, REDO, Choice(cases=(3,)))
     assert undone_cases(folder, N) == frozenset()
+    assert_near(total(folder, N), ledger_sum(folder))
 
 
 def test_scores_of_a_run_say_what_is_undone(run: Path, tiny: TinyRun) -> None:

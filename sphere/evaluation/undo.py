@@ -37,12 +37,13 @@ from sphere.methods import get_method
 from sphere.ready_rules import ReadyRules
 from sphere.requests import EditRequest
 from sphere.runs.config import config_in
-from sphere.runs.folder import LEDGER_FOLDER, ORIGINAL_NAME, clean_up
+from sphere.runs.folder import ORIGINAL_NAME, clean_up
 from sphere.runs.hparams import run_rules
 from sphere.runs.ledger import (
     Entry,
     add_to_history,
     current_edits,
+    kept_path,
     read_entries,
     undone_cases,
 )
@@ -173,7 +174,7 @@ def _check(folder: Path, entries: Sequence[Entry], n_edits: int, target: Collect
     for entry in staying:
         if entry.kept and not entry.by_fact and any(case in target for case in entry.case_ids):
             raise SphereError(no_sum(entry), argument="case")
-    if staying and (target or not _kept_path(folder, n_edits).exists()):
+    if staying and (target or not kept_path(folder, n_edits).exists()):
         check_updates(folder, entries, n_edits)
 
 
@@ -223,7 +224,7 @@ class _State:
 
     def without(self, undone: Collection[int]) -> tuple[dict[str, Tensor], str]:
         """The weights without these edits, and what they are bit for bit (see `Changed.exact`)."""
-        kept = _kept_path(self.folder, self.n_edits)
+        kept = kept_path(self.folder, self.n_edits)
         if not undone and kept.exists():
             return read_weights(kept), "edited"
         if all(case in undone for entry in self.entries for case in entry.case_ids):
@@ -243,7 +244,7 @@ class _State:
 
     def commit(self, weights: Mapping[str, Tensor], undone: Collection[int]) -> Path:
         """Make these weights the run's state; the state as it was edited is kept while edits are undone."""
-        kept = _kept_path(self.folder, self.n_edits)
+        kept = kept_path(self.folder, self.n_edits)
         if not self.undone and not kept.exists():
             with atomic_path(kept) as temporary:
                 shutil.copyfile(self.folder / f"edit_{self.n_edits}.safetensors", temporary)
@@ -251,11 +252,6 @@ class _State:
         if not undone:
             kept.unlink(missing_ok=True)
         return path
-
-
-def _kept_path(folder: Path, n_edits: int) -> Path:
-    """Where the state after so many edits is kept as it was edited."""
-    return folder / LEDGER_FOLDER / f"edit_{n_edits}.safetensors"
 
 
 def _efficacy(cases: Sequence[Case], chosen: Collection[int]) -> Efficacy:

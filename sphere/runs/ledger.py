@@ -86,7 +86,7 @@ class Ledger:
         self.folder, self.editor, self.keep = folder, editor, keep
         size = sum(editor.weights.get(name).nbytes for name in editor.weights.names)
         self.keep_whole = keeps_whole(keep, n_batches * size)
-        self.undone = undone_cases(folder, editor.n_edits)  # in the editor's weights, and in all that follow
+        self.undone = undone_when_continued(folder, editor.n_edits)  # in its weights, and in all that follow
 
     def updates(self, n_requests: int) -> BatchUpdates | None:
         """What takes the updates of the next batch; None where none are kept."""
@@ -117,6 +117,7 @@ class Ledger:
         for name, (left, right) in factors.items():
             tensors |= {f"{LEFT}{name}": left, f"{RIGHT}{name}": right}
         content = json.dumps({"format": FORMAT, **asdict(entry)}, ensure_ascii=False)
+        kept_path(self.folder, n_edits).unlink(missing_ok=True)  # of this batch as a killed run wrote it
         with atomic_path(batch_path(self.folder, n_edits)) as temporary:
             save_file(tensors, temporary, metadata={"ledger": content})
 
@@ -143,6 +144,11 @@ def ledger_bytes(config: RunConfig, sums: bool, sizes: Sizes) -> int:
 def batch_path(folder: Path, n_edits: int) -> Path:
     """The file of the batch that ends after so many edits."""
     return folder / LEDGER_FOLDER / f"batch_{n_edits}.safetensors"
+
+
+def kept_path(folder: Path, n_edits: int) -> Path:
+    """Where the state after so many edits is kept as it was edited, while edits of it are undone."""
+    return folder / LEDGER_FOLDER / f"edit_{n_edits}.safetensors"
 
 
 def read_entries(folder: str | Path) -> list[Entry]:
@@ -187,6 +193,26 @@ def undone_cases(folder: str | Path, n_edits: int) -> frozenset[int]:
         if checkpoint.n_edits == n_edits and n_edits:
             return undone_in(checkpoint.path)
     return frozenset(resume_state(folder).get("undone", ()))
+
+
+def undone_when_continued(folder: Path, n_edits: int) -> frozenset[int]:
+    """The case_ids of the edits to leave out of a run that goes on after so many edits: those undone in its last state.
+
+    That may be a checkpoint beyond the resume point, where a kill came between the two: the batches up to it are edited
+    again.
+
+    Raises:
+        SphereError: edits of those batches are undone, which would be lost.
+    """
+    undone = undone_cases(folder, current_edits(folder))
+    edited = [one for one in read_entries(folder) if one.n_edits <= n_edits] if undone else []
+    if again := sorted(undone.difference(*(one.case_ids for one in edited))):
+        raise SphereError(
+            f"The run in {folder} goes on after {n_edits} edits, as it has no later resume point, and edits again what "
+            f"is undone of the later ones (case {', '.join(map(str, again[:5]))}{', ...' if again[5:] else ''}): redo "
+            "that, continue the run, and undo it then."
+        )
+    return undone
 
 
 def read_updates(folder: Path, entry: Entry) -> tuple[dict[str, Factors], dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from sphere.checkpoints import resume_state
 from sphere.editor import Editor
 from sphere.errors import SphereError
 from sphere.ready_rules import ReadyRules
-from sphere.runs.ledger import Entry, read_entries, read_updates, undone_cases
+from sphere.runs.ledger import Entry, read_entries, read_updates, undone_when_continued
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,12 @@ def replay(ready: ReadyRules, folder: Path, entries: Sequence[Entry], undone: Co
 
 
 def leave_out_undone(editor: Editor, folder: Path) -> None:
-    """Where edits were undone since an editor's resume point was written: put the weights without them in place."""
-    undone = undone_cases(folder, editor.n_edits)
+    """Where edits were undone since an editor's resume point was written: put the weights without them in place.
+
+    Raises:
+        SphereError: some of them cannot be left out, see `sphere.runs.ledger.undone_when_continued`.
+    """
+    undone = undone_when_continued(folder, editor.n_edits)
     if undone == frozenset(resume_state(folder).get("undone", ())):
         return
     log.info("%d edits of %s are undone: going on without them.", len(undone), folder)
