@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from benchmarks.plain import target_values as plain
 from benchmarks.plain.target_values import plain_target_values
 from sphere import EditRequest, SphereError
 from sphere.forward import stop_check
-from sphere.forward.layers import LayerStack
+from sphere.forward.layers import LayerStack, RecordedCalls
 from sphere.forward.padding import pack_rows
 from sphere.hparams import TargetHParams
 from sphere.values import compute_z as compute_z_module
@@ -323,3 +324,20 @@ def test_packed_rows(budget):
             padded += max(filled) * len(group)
         if budget == 1000 and count == 90:
             assert padded <= 1.05 * sum(lengths)
+
+
+def test_recorded_calls_of_some_rows():
+    """Also of keys and values that layers hand to one another in a mapping of their own, which stays one."""
+    mask, own = torch.arange(6.0).reshape(3, 2), torch.ones(2)
+    shared = UserDict({"full": (mask + 1, mask + 2)})
+    calls = {layer: ((mask, own), {"shared": shared, "n": 3}) for layer in (0, 1)}
+    rows = torch.tensor([2, 0])
+    found = RecordedCalls(torch.zeros(3, 4, 5), 0, calls).select(rows)
+    assert found.hidden.shape == (2, 4, 5)
+    for args, kwargs in found.calls.values():
+        assert torch.equal(args[0], mask[rows])
+        assert args[1] is own
+        assert torch.equal(kwargs["shared"]["full"][1], mask[rows] + 2)
+        assert kwargs["n"] == 3
+    assert found.calls[0][1]["shared"] is found.calls[1][1]["shared"]
+    assert isinstance(found.calls[0][1]["shared"], UserDict)

@@ -9,6 +9,7 @@ of editing.
 from __future__ import annotations
 
 import inspect
+from collections import UserDict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -65,8 +66,8 @@ class RecordedCalls:
                     result = value[rows.to(value.device)]
             elif isinstance(value, tuple | list):
                 result = type(value)(cut(v) for v in value)
-            elif isinstance(value, dict):
-                result = {k: cut(v) for k, v in value.items()}
+            elif isinstance(value, dict | UserDict):  # the latter holds keys and values that layers share
+                result = type(value)({k: cut(v) for k, v in value.items()})
             seen[id(value)] = result
             return result
 
