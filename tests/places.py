@@ -51,6 +51,12 @@ class _Places(TorchFunctionMode):
         asked = kwargs.get("device")
         if asked is not None:
             kwargs["device"] = CPU
+        if (
+            func is torch._has_compatible_shallow_copy_type
+        ):  # asked by `Module.to`, before it puts the copy in place
+            return True
+        if func == Tensor.data.__set__:
+            _put(args[0], place_of(args[1]))
         if func is Tensor.copy_ or func is Tensor.set_:
             return func(*args, **kwargs)
         if func.__name__.startswith("_foreach"):  # element by element, each where it is
@@ -90,7 +96,7 @@ class _Places(TorchFunctionMode):
                 rest.append(value)
             elif isinstance(value, (str, torch.device)):
                 where = torch.device(value)
-            else:
+            elif isinstance(value, torch.dtype):  # no bools: whether to block or to copy
                 rest.append(value)
         if kwargs.get("device") is not None:
             where = torch.device(kwargs.pop("device"))

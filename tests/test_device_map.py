@@ -39,8 +39,7 @@ MAP = {
     "model.norm": "cuda:3",
     "lm_head": "cuda:3",
 }
-# Pretended places do not follow what MEND's trained networks do with the gradients.
-METHODS = tuple(method for method in available_methods() if method != "MEND")
+METHODS = available_methods()
 SOLVES = ("AlphaEdit", "MEMIT_seq", "ROME")  # what --conserve_memory changes
 
 

@@ -7,6 +7,7 @@ transformers writes it today, whose forward slices its list of layers.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,16 @@ def test_training_descends_as_through_higher(tiny_tokenizer: PreTrainedTokenizer
     assert losses[-1][0] < losses[0][0]
     ours, oracle = trained.editor(factors)[3], editor.eval()(factors)[3]
     assert float((ours - oracle).detach().norm() / oracle.detach().norm()) < 1e-2
+
+
+def test_records_without_neighbors_train_the_edit_alone(tiny_tokenizer: PreTrainedTokenizerBase) -> None:
+    edited = EditedModel(tiny_gpt2(), tiny_tokenizer, hparams_of(layers=[3]))
+    records = [Record(0, REQUESTS[0], neighborhood=((NEIGHBOR, ANSWER),)), Record(1, REQUESTS[1])]
+    for chunk_records in (1, 2):  # a chunk, and a draw, without any
+        settings = TrainingSettings(steps=4, num_edits=1, chunk_records=chunk_records)
+        (point,) = train_editor(edited, edited.hparams, records, settings, progress=False).curve
+        assert point["edit"] > 0
+        assert math.isfinite(point["locality"])
 
 
 @pytest.mark.parametrize(

@@ -136,11 +136,13 @@ class MendEditor(nn.Module):
 
     def forward(self, factors: Mapping[int, Factors]) -> dict[int, Tensor]:
         """layer -> Delta (out x in)."""
-        return {
-            layer: -self.log_lr[str(layer)].exp()
-            * self.network(layer)(found, self.places[layer]).weight_gradient()
-            for layer, found in factors.items()
-        }
+        return {layer: self._delta(layer, found) for layer, found in factors.items()}
+
+    def _delta(self, layer: int, factors: Factors) -> Tensor:
+        """Delta (out x in) of a layer, which may be on another device than its network."""
+        log_lr = self.log_lr[str(layer)]
+        here = Factors(factors.inputs.to(log_lr.device), factors.gradients.to(log_lr.device))
+        return -log_lr.exp() * self.network(layer)(here, self.places[layer]).weight_gradient()
 
     def save(self, path: Path, about: Mapping[str, Any]) -> None:
         """Write the editor to `path` (.safetensors), and what is to be known of it beside it (.json), atomically."""

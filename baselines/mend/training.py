@@ -84,10 +84,15 @@ class _Rows:
         self.counts = torch.tensor([len(p) for p in pairs])
         self.starts = torch.cumsum(self.counts, 0) - self.counts
         flat = [pair for group in pairs for pair in group]
-        self.batch = TeacherForcing.of(edited.stack, edited.tokenizer, flat)
+        self.batch = TeacherForcing.of(edited.stack, edited.tokenizer, flat) if flat else None
+
+    def any_of(self, chosen: Tensor) -> bool:
+        """Whether any of the chosen records (n,) has a prompt."""
+        return bool((self.counts[chosen] > 0).any())
 
     def draw(self, chosen: Tensor, generator: torch.Generator) -> TeacherForcing:
-        """One prompt of each chosen record (n,) that has any."""
+        """One prompt of each chosen record (n,) that has any, as one of them has."""
+        assert self.batch is not None
         chosen = chosen[self.counts[chosen] > 0]
         uniform = torch.rand(len(chosen), generator=generator)
         offset = (uniform * self.counts[chosen]).long()
@@ -203,7 +208,7 @@ def _draws(
 def _losses(
     edited: EditedModel, editor: MendEditor, chunk: _Chunk, chosen: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Edit loss and locality KL of one edited batch, with gradients of the editor."""
+    """Edit loss and locality KL of one edited batch, with gradients of the editor; 0 KL where none has a neighbor."""
     factors = rank_one_factors(chunk.edits.draw(chosen, generator), edited.stack)
     editor.observe(factors)
     changed = {}
@@ -211,6 +216,8 @@ def _losses(
         name, weight = edited.weight_name(layer), edited.weight(layer)  # out x in
         changed[name] = edited.weights.canonical(name, weight + delta.to(weight))
     edit = chunk.rephrased.draw(chosen, generator).nll(changed).mean()
+    if not chunk.neighbors.any_of(chosen):
+        return edit, torch.zeros_like(edit)
     near = chunk.neighbors.draw(chosen, generator)
     with torch.no_grad():
         before = F.log_softmax(near.logits(), dim=-1)  # scored x vocabulary
