@@ -100,6 +100,25 @@ def test_answers():
     assert metrics.first_line("\n\n yes \nno") == "yes"
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answer", "equal", "contained", "f1"),
+    [
+        ("A", "A", True, True, 1.0),  # the label of a choice, no article
+        ("a. Paris", "A", False, True, 2 / 3),
+        ("B", "A", False, False, 0.0),
+        ("", "A", False, False, 0.0),
+        ("The", "A", False, False, 0.0),
+        ("5 %", "%", False, True, 2 / 3),
+        ("", "", True, True, 1.0),  # nothing said, as before
+        ("Paris", "", False, False, 0.0),
+    ],
+)
+def test_answers_of_which_nothing_else_is_left(prediction, answer, equal, contained, f1):
+    assert answer_match.exact_match(prediction, [answer]) is equal
+    assert answer_match.soft_exact_match(prediction, [answer]) is contained
+    assert answer_match.token_f1(prediction, [answer]) == pytest.approx(f1)
+
+
 @given(st.text(max_size=20), st.text(min_size=1, max_size=20))
 def test_exact_matches_are_soft_matches(prefix, answer):
     if answer_match.normalise_answer(answer):
