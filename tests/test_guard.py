@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_llama
-from tiny_run import TinyRun, command, contents
+from tiny_run import TinyRun, command, contents, records
 from transformers import PreTrainedTokenizerBase
 
 import sphere.runs.run
@@ -29,6 +30,7 @@ from sphere.resources import shipped
 from sphere.runs.config import RunConfig
 from sphere.runs.guard_limits import LIMITS, parse_limits, passed
 from sphere.runs.guard_log import GUARD_NAME, read_guard
+from sphere.runs.more_facts import continue_run
 from sphere.runs.resolve import folder_of
 from sphere.runs.run import execute
 
@@ -36,7 +38,7 @@ N, BATCH = 20, 4
 SMALL = "perplexity=2,energy=inf,spectrum=inf"  # in so small a weight every edit moves the last two
 NONE = ",".join(f"{name}=inf" for name in LIMITS)
 BREAKING = {"mom2_update_weight": 1e-4, "clamp_norm_factor": 60.0, "v_lr": 10.0, "v_weight_decay": 0.0}
-MILD, SHORTER = "mild.json", "shorter.json"
+MILD, SLOW, SHORTER = "mild.json", "slow.json", "shorter.json"
 
 
 def reader(tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -60,7 +62,8 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTok
     """A tiny world in which MEMIT breaks the model, but for its mild hyperparameters."""
     tiny = TinyRun(tmp_path_factory.mktemp("guard"), tiny_tokenizer, N)
     reader(tiny_tokenizer).save_pretrained(tiny.model)
-    for name, changes in ((MILD, {"mom2_update_weight": 1e3}), (SHORTER, {**BREAKING, "layers": [1]})):
+    mild = {"mom2_update_weight": 1e3}
+    for name, changes in (MILD, mild), (SLOW, {**mild, "v_lr": 0.1}), (SHORTER, {**BREAKING, "layers": [1]}):
         path = tiny.write_hparams("MEMIT", v_num_grad_steps=12, **changes)
         path.rename(path.with_name(name))
     tiny.write_hparams("MEMIT", v_num_grad_steps=12, **BREAKING)
@@ -219,6 +222,41 @@ def test_it_goes_on_with_other_hyperparameters(again: RunConfig) -> None:
     assert execute(replace(again, hparams_fname=MILD)).reports == []  # and is the run that it is now
     with pytest.raises(SphereError, match=r"begun with other settings \(hparams\)"):
         execute(again)
+
+
+def test_a_refused_change_leaves_the_run(again: RunConfig) -> None:
+    path = folder_of(again) / "run.json"
+    before = path.read_bytes()
+    with pytest.raises(SphereError, match=r"begun with other settings \(seed\)"):
+        execute(replace(again, hparams_fname=MILD, seed=5))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("fname", [None, SLOW])
+def test_a_run_that_is_stopped_at_further_facts_goes_on(
+    base: TinyRun, tmp_path: Path, fname: str | None
+) -> None:
+    config = config_in(base, f"stopped-{fname}", hparams_fname=MILD, dataset_size_limit=BATCH)
+    folder = execute(config).folder
+    facts = [record["requested_rewrite"] for record in records(2 * BATCH)[BATCH:]]
+    rows = [
+        {"prompt": f["prompt"], "subject": f["subject"], "target_new": f["target_new"]["str"]} for f in facts
+    ]
+    table = tmp_path / "more.json"
+    table.write_text(json.dumps(rows))
+    with pytest.raises(SphereError, match="the guard has stopped the run"):
+        continue_run(folder, {"facts": str(table), "guard_limits": "perplexity=0.001"})
+    begun = read_config(folder)
+    assert len(begun["case_ids"]) == 2 * BATCH
+    other = {} if fname is None else {"hparams_fname": fname}
+    run, _ = continue_run(folder, {"guard_limits": "none", **other})
+    assert run.editor.n_edits == 2 * BATCH
+    config = read_config(folder)
+    if fname is None:
+        assert config == begun
+    else:
+        assert config["hparams"]["v_lr"] == 0.1
+        assert config["hparams_before"] == [{"n_edits": BATCH, "hparams": begun["hparams"]}]
 
 
 def test_but_not_with_those_that_decide_what_is_written(again: RunConfig) -> None:

@@ -14,6 +14,7 @@ from killed import Stopped, stopped
 from tiny_run import TinyRun, command, contents, records
 from transformers import PreTrainedTokenizerBase
 
+import sphere.runs.more_facts
 from sphere.checkpoints import read_config, read_weights, write_config
 from sphere.commands.main import main
 from sphere.errors import SphereError
@@ -228,6 +229,20 @@ def test_what_cannot_be_continued_is_said_and_leaves_the_run(
     (run / "resume.safetensors").unlink()
     assert "resume point" in bad(f"--continue={run}", facts)
     assert read_config(run)["case_ids"] == [1, 2, 3, 4]
+
+
+def test_the_device_is_the_runs_own(run: Path, monkeypatch) -> None:
+    asked: list[tuple] = []
+
+    def start(*device: str | None) -> None:
+        asked.append(device)
+        raise Stopped
+
+    monkeypatch.setattr(sphere.runs.more_facts, "start", start)
+    for given in ({}, {"device": "cuda:1"}):
+        with pytest.raises(Stopped):
+            continue_run(run, given)
+    assert asked == [("cpu", None), ("cuda:1", None)]
 
 
 def test_another_model_is_refused(run: Path, tiny: TinyRun, tmp_path) -> None:

@@ -205,7 +205,7 @@ class RunConfig:
     guard_limits: str | None = _setting(
         None,
         "editing",
-        "limits of --guard that are not the defaults, e.g. perplexity=2,energy=inf; defaults: "
+        "limits of --guard that are not the defaults, e.g. perplexity=2,energy=inf, or none; defaults: "
         + ", ".join(f"{name}={limit.default:g}" for name, limit in LIMITS.items()),
     )
     conserve_memory: bool = _setting(

@@ -38,12 +38,14 @@ LIMITS = {
 
 
 def parse_limits(text: str | None) -> dict[str, float]:
-    """Name -> limit; the defaults, but for those that a text such as "perplexity=2,energy=inf" names.
+    """Name -> limit; the defaults, but for those that a text such as "perplexity=2,energy=inf" names; "none": no limit.
 
     Raises:
         SphereError: no such text, an unknown name, or a limit that is no positive number.
     """
     limits = {name: limit.default for name, limit in LIMITS.items()}
+    if text == "none":
+        return dict.fromkeys(LIMITS, math.inf)
     for part in (text or "").split(","):
         name, equals, number = (word.strip() for word in part.partition("="))
         if not part.strip():

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from sphere.checkpoints import LOG_NAME, RESUME_NAME, USER_TURN, write_config
+from sphere.checkpoints import LOG_NAME, RESUME_NAME, USER_TURN, read_config, write_config
 from sphere.data.formats import Kind
 from sphere.data.records import Record, load_records
 from sphere.distributed import Processes, start
 from sphere.errors import SphereError
-from sphere.hparams import hparams_from_dict
+from sphere.hparams import ModuleHParams, hparams_from_dict
 from sphere.lock import locked
 from sphere.methods import get_method
 from sphere.models import load_model
@@ -33,15 +33,17 @@ from sphere.runs.config import OWN_FACTS, RunConfig, config_in, saved_at
 from sphere.runs.dtypes import z_matmul_dtype_used
 from sphere.runs.facts_file import complete_facts, own_facts, read_run_facts, write_all_facts
 from sphere.runs.folder import FACTS_NAME, foreign_files, open_folder
+from sphere.runs.hparams import hparams_of
 from sphere.runs.lengths import check_records
 from sphere.runs.remake import CONTINUED, continuation
 from sphere.runs.run import Run, begin_or_continue, edit_and_save, editor_of
-from sphere.runs.sameness import check_same, decided, digest_of
+from sphere.runs.sameness import decided, digest_of
 from sphere.values.context_templates import BARE
 
 log = logging.getLogger(__name__)
 
-# What may be another than the run began with: where things are and how they are computed.
+# What may be another than the run began with: where things are, how they are computed and watched, and, where its guard
+# has stopped the run, the hyperparameters.
 FREE = (
     "model_name",
     "device",
@@ -57,6 +59,11 @@ FREE = (
     "batch_tokens",
     "conserve_memory",
     "use_cache",
+    "on_breakdown",
+    "guard",
+    "guard_limits",
+    "hparams_dir",
+    "hparams_fname",
 )
 # Settings of the further facts, not of the run, and what they are where they are not given.
 OF_FACTS: Mapping[str, Any] = {
@@ -82,7 +89,9 @@ def continue_run(folder: str | Path, given: Mapping[str, Any]) -> tuple[Run, Run
             cannot be used. The run is then as it was.
     """
     folder = Path(folder)
-    processes = start(given.get("device", RunConfig.device), given.get("device_map"))
+    own = read_config(folder)
+    device, device_map = (given.get(name, own.get(name)) for name in ("device", "device_map"))
+    processes = start(device or RunConfig.device, device_map)
     with processes.together(), locked(folder, processes):
         return _continue(folder, given, processes)
 
@@ -134,7 +143,7 @@ def _continue(folder: Path, given: Mapping[str, Any], processes: Processes) -> t
     records = [*earlier, *added]
     if added:
         config = replace(config, ds_name=OWN_FACTS, facts=str(further.facts))
-    hparams = hparams_from_dict(stored["hparams"], get_method(config.alg_name).hparams_class)
+    hparams = _hparams(stored, config, given)
     used = processes.on_main(lambda: z_matmul_dtype_used(config, stored, model))
     editor = editor_of(
         config, model, tokenizer, hparams, stored["templates"], processes, turn=turn, used=used
@@ -142,18 +151,25 @@ def _continue(folder: Path, given: Mapping[str, Any], processes: Processes) -> t
     check_records(editor, records)
     extended = _extended(stored, config, records, len(added), continuation(folder, given))
     decisive = decided(config, hparams.to_dict(), records, editor)
-    check_same(extended, decisive, folder)
     ends = batch_ends(len(records), config.num_edits, parts_of(extended))
     batches, saved = cut(records, ends), saved_at(config.checkpoints, ends)
-    begin_or_continue(folder, decisive, extended, editor, {})
+    held = begin_or_continue(folder, decisive, extended, editor, {"hparams_fname": config.hparams_fname})
 
     def write() -> None:
         if added:
             write_all_facts(folder, str(config.facts), records, notes, facts.bad if facts else [])
-            write_config(folder, extended)
+        if held != stored:
+            write_config(folder, held)
 
     reports = edit_and_save(config, editor, batches, folder, saved, write)
     return Run(folder, model, tokenizer, editor, records, reports, notes), config
+
+
+def _hparams(stored: Mapping[str, Any], config: RunConfig, given: Mapping[str, Any]) -> ModuleHParams:
+    """Those of the run, or of the file that is given."""
+    if given.get("hparams_fname") is not None:
+        return hparams_of(config)
+    return hparams_from_dict(stored["hparams"], get_method(config.alg_name).hparams_class)
 
 
 def _dtype(stored: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
     run.json    hparams, hparams_fname    those in force
                 hparams_before            [{"n_edits": until then, "hparams": ...}] of the batches before
 
-Knows run.json and methods. Knows nothing of editing.
+Knows run.json and methods. Knows nothing of editing, and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sphere.checkpoints import LOG_NAME, RESUME_PART, read_log, write_config
+from sphere.checkpoints import LOG_NAME, RESUME_PART, read_log
 from sphere.editor import Editor
 from sphere.errors import SphereError
 from sphere.methods import Method
@@ -30,7 +30,7 @@ OF_TARGETS = ("v_lr", "v_num_grad_steps", "v_weight_decay", "clamp_norm_factor",
 def take_other_hparams(
     folder: Path, previous: dict[str, Any], wanted: Mapping[str, Any], editor: Editor
 ) -> dict[str, Any]:
-    """The `run.json` of a run that is continued, written anew where it goes on with other hyperparameters.
+    """What the `run.json` of a run that is continued is to hold: other hyperparameters, where it goes on with such.
 
     Args:
         previous: what it holds.
@@ -62,6 +62,4 @@ def _take(
     n_edits = batches[-1]["n_edits"] if batches else 0
     log.info("From %d edits on the run has other hyperparameters: %s.", n_edits, ", ".join(changed))
     earlier = [*previous.get(BEFORE, []), {"n_edits": n_edits, "hparams": old}]
-    config = {**previous, "hparams": new, "hparams_fname": wanted.get("hparams_fname"), BEFORE: earlier}
-    write_config(folder, config)
-    return config
+    return {**previous, "hparams": new, "hparams_fname": wanted.get("hparams_fname"), BEFORE: earlier}

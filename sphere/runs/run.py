@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sphere.checkpoints import (
     read_resume,
     read_weights,
     write_checkpoint,
+    write_config,
     write_resume,
 )
 from sphere.data.facts import Facts
@@ -151,10 +153,11 @@ def _execute(
     editor = editor_of(config, model, tokenizer, hparams, templates, processes, turn=turn, used=used)
     check_records(editor, order)
     decisive = decided(config, hparams.to_dict(), order, editor)
-    begin_or_continue(folder, decisive, previous, editor, describe(config, command) | {USED: used})
+    held = begin_or_continue(folder, decisive, previous, editor, describe(config, command) | {USED: used})
     if facts:
         processes.on_main(lambda: write_facts(folder, str(config.facts), facts, records, notes))
-    reports = edit_and_save(config, editor, batches, folder, saved)
+    first = partial(write_config, folder, held) if previous and held != previous else None
+    reports = edit_and_save(config, editor, batches, folder, saved, first)
     return Run(folder, model, tokenizer, editor, order, reports, notes)
 
 
@@ -208,8 +211,12 @@ def begin_or_continue(
     previous: dict[str, Any],
     editor: Editor,
     description: dict[str, Any],
-) -> None:
-    """Write what a new run starts with, or take up the resume point of the one that is there."""
+) -> dict[str, Any]:
+    """Write what a new run starts with, or take up the resume point of the one that is there.
+
+    Returns:
+        What run.json is to hold from the first batch on: `previous`, unless the run goes on with other hyperparameters.
+    """
     on_main = editor.services.processes.on_main
     if previous:
         previous = take_other_hparams(folder, previous, description | decisive, editor)
@@ -222,7 +229,7 @@ def begin_or_continue(
         more = {"templates": editor.services.context_templates, "transposed": editor.weights.transposed}
         config = description | decisive | prepared_from | more
         on_main(lambda: begin(folder, config, editor.weights.stored()))
-        return
+        return config
     check_prepared(previous, prepared_from, folder)
     on_main(lambda: _write_original(folder, editor))
     if point := read_resume(folder):
@@ -232,6 +239,7 @@ def begin_or_continue(
         editor.weights.restore(read_weights(last.path))
         editor.n_edits = last.n_edits
     log.info("Continuing %s after %d edits.", folder, editor.n_edits)
+    return previous
 
 
 def _write_original(folder: Path, editor: Editor) -> None:
