@@ -41,7 +41,7 @@ from sphere.forward.layers import LayerStack
 from sphere.forward.matmul_dtype import MATMUL_DTYPES
 from sphere.hparams import TargetHParams
 from sphere.requests import EditRequest
-from sphere.runs.plan import measure_rates
+from sphere.runs.rates import measure_rates
 from sphere.values.compute_z import compute_z
 
 # Rows by default: (requests in a batch, type that the fast way multiplies in); on a GPU, and elsewhere.

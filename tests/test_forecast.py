@@ -15,7 +15,8 @@ from sphere.commands.sweep_job import jobs_of
 from sphere.runs.forecast import Expected, duration, expect, progress_line, remaining, write_forecast
 from sphere.runs.job import Job
 from sphere.runs.operation_counter import count
-from sphere.runs.plan import measure_rates, plan_run
+from sphere.runs.plan import plan_run
+from sphere.runs.rates import measure_rates
 from sphere.runs.sweep import run_job
 
 

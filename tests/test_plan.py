@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import torch
 from conftest import LLAMA_MODULES, REQUESTS, tiny_hparams, tiny_llama
 from test_architectures import ARCHITECTURES, METHODS, tiny_model
 from test_architectures import tiny_hparams as shipped_hparams
+from tiny_run import TinyRun, command
 
 from experiments.evaluate import main
+from sphere.commands import plan as plan_command
 from sphere.editor import Editor
 from sphere.errors import SphereError
 from sphere.forward.layers import LayerStack
@@ -24,7 +27,8 @@ from sphere.models import load_model, meta_model
 from sphere.runs.config import RunConfig
 from sphere.runs.memory import DEVICE, DISK, HOST, PHASES, Sizes, earlier_keys
 from sphere.runs.operation_counter import PROBE_ROWS, PROBE_WIDTH, Counted, count
-from sphere.runs.plan import Plan, format_plan, measure_rates, plan_run
+from sphere.runs.plan import Plan, format_plan, plan_run
+from sphere.runs.rates import measure_rates
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -87,6 +91,30 @@ def test_a_7b_model_fits_80_gb_with_room_and_24_gb_with_conserve_memory(qwen, me
     assert tight.peak(HOST)[1] < 40 * gib
     assert tight.peak(HOST)[1] > roomy.peak(HOST)[1]
     assert tight.peak(DISK) == roomy.peak(DISK)
+
+
+def test_the_plan_is_of_all_facts_that_are_edited(tmp_path, tiny_tokenizer, monkeypatch, capsys):
+    world = TinyRun(tmp_path, tiny_tokenizer, n_records=8)
+    table = tmp_path / "facts.csv"
+    table.write_text("prompt,subject,target_new\n" + "".join(f"{{}} is in,Ann{i},Rome\n" for i in range(5)))
+    words = [*world.flags(device="cuda"), f"--facts={table}"]
+    assert main([*words, "--dry_run"]) == 0
+    assert "5 edits in batches of 2" in capsys.readouterr().out
+
+    def title(**settings: object) -> str:
+        return plan_run(world.config(device="cuda", **settings)).title[1]
+
+    assert "5 edits in batches of 2" in title(facts=str(table), dataset_size_limit=9)
+    assert "8 edits in batches of 2" in title(dataset_size_limit=None)
+    assert "9000 edits in batches of 2" in title(ds_name="mquake_cf", dataset_size_limit=9000)  # not here
+    for bad, said in (
+        (table, "1 of 1 rows of .* cannot be used"),
+        (tmp_path / "none.csv", "No table of facts"),
+    ):
+        table.write_text("prompt,subject,target_new\n{} is in,,Rome\n")
+        code, _, err = command(plan_command.main, [*words, f"--facts={bad}"], monkeypatch, capsys)
+        assert code == 2
+        assert re.search(said, err)
 
 
 def test_the_disk_holds_the_ledger(qwen):
@@ -158,8 +186,6 @@ def test_what_is_counted_on_the_meta_device_is_what_is_saved():
 
 @pytest.mark.parametrize("method", ["AlphaEdit", "MEMIT_seq"])
 def test_what_solves_keep_is_what_the_plan_says(method, tmp_path, tiny_tokenizer):
-    from tiny_run import TinyRun
-
     world = TinyRun(tmp_path, tiny_tokenizer)
     config = world.config(alg_name=method, dataset_size_limit=3)
     plan = plan_run(config)

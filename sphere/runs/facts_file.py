@@ -114,6 +114,15 @@ def records_of(config: RunConfig, facts: Facts | None) -> list[Record]:
     )
 
 
+def n_edits_of(config: RunConfig) -> int:
+    """How many facts a run edits, counted in its table or in the file of its dataset.
+
+    Raises:
+        SphereError: as `own_facts` and `records_of`.
+    """
+    return len(records_of(config, own_facts(config)))
+
+
 def complete_facts(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

@@ -20,12 +20,13 @@ from sphere.evaluation.summary import format_lines
 from sphere.files import read_json, write_json
 from sphere.models import resolve_device
 from sphere.runs.config import RunConfig
-from sphere.runs.facts_file import own_facts, records_of
+from sphere.runs.facts_file import n_edits_of
 from sphere.runs.folder import JOB_NAME
 from sphere.runs.job import Job
 from sphere.runs.memory import DEVICE, DISK
 from sphere.runs.operation_counter import Counted
-from sphere.runs.plan import measure_rates, plan_run
+from sphere.runs.plan import plan_run
+from sphere.runs.rates import measure_rates
 from sphere.runs.sweep import finished_before
 
 log = logging.getLogger(__name__)
@@ -73,10 +74,10 @@ def expect(jobs: Iterable[Job]) -> list[Expected]:
     for job in jobs:
         finished = finished_before(job)
         try:
-            n_edits = len(records_of(job.config, own_facts(job.config)))
+            n_edits = n_edits_of(job.config)
             alike = replace(job.config, output_dir="", seed=0, shuffle=False, dataset_size_limit=n_edits)
             if alike not in known:
-                known[alike] = _cost(alike, rates, counted)
+                known[alike] = _cost(alike, n_edits, rates, counted)
             cost = known[alike]
         except SphereError as error:  # the job will say so itself
             log.warning("%s: %s", job.folder, error)
@@ -108,17 +109,16 @@ class _Rates:
         return self._known[device, dtype]
 
 
-def _cost(config: RunConfig, rates: _Rates, counted: dict[Hashable, Counted]) -> Cost:
+def _cost(config: RunConfig, n_edits: int, rates: _Rates, counted: dict[Hashable, Counted]) -> Cost:
     """By the plan; no time where the device is not here, or where the plan does not count all of a batch."""
-    plan = plan_run(config, counted)
+    plan = plan_run(config, counted, n_edits)
     memory, disk = plan.peak(DEVICE)[1], plan.peak(DISK)[1]
     try:
         device = str(resolve_device(config.device))
     except SphereError:
         return Cost(None, memory, disk)
     batch = plan.seconds(rates.of(device, plan.dtype))
-    edits = config.dataset_size_limit or config.num_edits
-    return Cost(None if batch is None else batch * edits / min(config.num_edits, edits), memory, disk)
+    return Cost(None if batch is None else batch * n_edits / min(config.num_edits, n_edits), memory, disk)
 
 
 def _edits_done(folder: Path) -> int:

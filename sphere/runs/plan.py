@@ -7,13 +7,12 @@ docs/memory.md explains every line, and says how close the plan was where it was
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sphere.errors import SphereError
 from sphere.evaluation.summary import format_lines
@@ -26,11 +25,13 @@ from sphere.methods import Method, get_method
 from sphere.models import DTYPES, meta_model, model_label, resolve_device
 from sphere.rules import RuleSet
 from sphere.runs.config import RunConfig
+from sphere.runs.facts_file import n_edits_of
 from sphere.runs.hparams import hparams_of, run_rules
 from sphere.runs.ledger import ledger_bytes
 from sphere.runs.memory import DEVICE, DISK, FLOAT32, HOST, PHASES, Item, Sizes
 from sphere.runs.method_memory import memory_of
 from sphere.runs.operation_counter import Counted, count, edited_shapes
+from sphere.runs.rates import EIGH_FLOPS, measure_rates
 from sphere.runs.resolve import alpha_of, beta_hse_of
 from sphere.strength import AUTO
 
@@ -39,9 +40,7 @@ from sphere.strength import AUTO
 ROWS, PREFIX, SUFFIX, SCORED, RUN_PREFIX = 6.5, 12.5, 4.5, 1.2, 20.0
 PADDED_PREFIX = 20  # tokens before the subject's last one, as rows of a pass are padded
 RANK_SHARE = 0.25  # principal directions, as a share of the smaller side
-EIGH_FLOPS = 9  # n^3 operations of a symmetric eigendecomposition, vectors included
 TARGET_VALUES = "target values"  # a stage of a batch
-RATE_SECONDS = 0.15  # that measuring one rate takes
 
 
 @dataclass(frozen=True)
@@ -105,15 +104,18 @@ class Plan:
         }
 
 
-def plan_run(config: RunConfig, known: dict[Hashable, Counted] | None = None) -> Plan:
+def plan_run(
+    config: RunConfig, known: dict[Hashable, Counted] | None = None, n_edits: int | None = None
+) -> Plan:
     """The plan of a run.
 
     Args:
-        config: `dataset_size_limit` is taken as the number of edits (None: one batch).
         known: what was counted of models for other plans; what is counted for this one is added.
+        n_edits: of the whole run; None: the limit of a dataset, which need not be here; of one without a limit, and of
+            one's own facts, as many as there are.
 
     Raises:
-        SphereError: hyperparameters or a model configuration that no run can be made of.
+        SphereError: hyperparameters, a model configuration or facts that no run can be made of.
     """
     config.check()
     method = get_method(config.alg_name)
@@ -122,7 +124,8 @@ def plan_run(config: RunConfig, known: dict[Hashable, Counted] | None = None) ->
     device = _device_type(config.device)
     model = meta_model(config.model_name, config.dtype, device)
     stack = LayerStack(model, hparams)
-    n_edits = config.dataset_size_limit or config.num_edits
+    if n_edits is None:
+        n_edits = (config.dataset_size_limit if config.facts is None else None) or n_edits_of(config)
     sizes = Sizes(
         edited=edited_shapes(stack),
         weight_bytes=model.dtype.itemsize,
@@ -329,30 +332,6 @@ def _operations(
         stages.append(("principal directions: products", "float32", dense))
         stages.append(("principal directions: eigenvectors", "eigh", sum(EIGH_FLOPS * s**3 for s in small)))
     return stages
-
-
-def measure_rates(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """Operations per second: matrix products in the model's dtype, float32, float64; an eigendecomposition."""
-    cuda = torch.device(device).type == "cuda"
-    size = 4096 if cuda else 1024
-
-    def rate(function: Callable[[Tensor], Any], matrix: Tensor, operations: float) -> float:
-        function(matrix)
-        count, start = 0, time.perf_counter()
-        while not count or time.perf_counter() - start < RATE_SECONDS:
-            function(matrix)
-            count += 1
-            if cuda:
-                torch.cuda.synchronize(device)
-        return count * operations / (time.perf_counter() - start)
-
-    rates = {}
-    for kind, wanted in (("model", dtype), ("float32", torch.float32), ("float64", torch.float64)):
-        matrix = torch.ones(size, size, dtype=wanted, device=device)
-        rates[kind] = rate(lambda m: m @ m, matrix, 2 * size**3)
-    small = torch.rand(size // 2, size // 2, device=device)
-    rates["eigh"] = rate(torch.linalg.eigh, small @ small.T, EIGH_FLOPS * len(small) ** 3)
-    return rates
 
 
 # ---- in words ----
