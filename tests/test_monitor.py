@@ -23,7 +23,7 @@ from tiny_run import TinyRun
 
 import sphere.runs.monitor
 from experiments.evaluate import parser
-from sphere.checkpoints import read_weights
+from sphere.checkpoints import read_config, read_weights
 from sphere.editor import Editor
 from sphere.errors import SphereError
 from sphere.hparams import hparams_from_dict
@@ -38,6 +38,7 @@ from sphere.methods import get_method
 from sphere.projection import principal_directions
 from sphere.runs.config import RunConfig, command_of
 from sphere.runs.monitor import Monitor
+from sphere.runs.remake import commands_of
 from sphere.runs.run import execute
 
 TEMPLATES = (("{}",),)
@@ -239,3 +240,18 @@ def test_the_command_makes_the_run_again():
             assert arguments[field] == value
     everything = {"dataset_size_limit": None, "case_ids": [3, 4, 5]}
     assert "--dataset_size_limit=3" in command_of(everything)
+
+
+def test_the_command_of_all_of_a_dataset_says_how_many_facts_these_are(run_of):
+    """No flag says "all"; a run that was continued with further facts began with those of its first part."""
+    folder = run_of(alg_name="FT", dataset_size_limit=None).folder
+    stored = read_config(folder)
+    assert stored["command"].count("--dataset_size_limit=6") == 1
+    command = "python -m sphere edit --ds_name=zsre"  # of an earlier version
+    more = {"facts": "more.csv", "command": "python -m sphere edit --continue=x --facts=more.csv"}
+    later = {"command": command, "parts": [0, 4], "continued": [more]}
+    continued = {**stored, "facts": "more.csv", **later}
+    assert commands_of(continued, folder) == [f"{command} --dataset_size_limit=4", more["command"]]
+    for kept in (f"{command} '--facts=my first.csv'", f"{command} --dataset_size_limit=9", "my own.py"):
+        assert commands_of({**continued, "command": kept}, folder)[0] == kept
+    assert commands_of({**continued, "dataset_size_limit": 40}, folder)[0] == command

@@ -38,6 +38,7 @@ from sphere.errors import SphereError
 from sphere.files import LEFTOVER, is_leftover, remove_files, remove_leftovers, replace
 from sphere.lock import HOLDER_NAME, LOCK_NAME
 from sphere.runs.batches import batch_ends, parts_of
+from sphere.runs.remake import begun_by
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def begin(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]
     """Write what a new run starts with, and remove what is the old one's, last and for good.
 
     Args:
-        config: the content of `run.json`.
+        config: the content of `run.json`; its command gets the limit that it leaves out.
         weights: the original weights, in the model's own orientation.
     """
     _check_free(folder, overwrite=True)
@@ -128,7 +129,8 @@ def begin(folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]
     kept = (CONFIG_NAME, ORIGINAL_NAME)  # the new ones take their places
     try:
         write_checkpoint(folder, 0, weights, STAGED_NAME)
-        write_config(folder, {**config, REPLACED: [p for p in own_files(folder) if p not in kept]})
+        replaced = [path for path in own_files(folder) if path not in kept]
+        write_config(folder, {**config, "command": begun_by(config), REPLACED: replaced})
     except BaseException:
         if REPLACED not in read_config(folder):
             staged.unlink(missing_ok=True)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sphere.runs.config import PROGRAM, command_of
+from sphere.runs.batches import parts_of
+from sphere.runs.config import PROGRAM, RunConfig, command_of
 
 CONTINUED = "continued"  # key of run.json: the tables that were added, when, and by which command
 
@@ -29,7 +30,24 @@ def commands_of(stored: Mapping[str, Any], folder: str | Path) -> list[str]:
     if not later:
         return [command_of(stored)]
     added = [one.get("command") or continuation(folder, {"facts": one["facts"]}) for one in later]
-    return [stored["command"], *added]
+    return [begun_by(stored), *added]
+
+
+def begun_by(stored: Mapping[str, Any]) -> str:
+    """The command that began a run, as its `run.json` has kept it.
+
+    No flag says "all of a dataset": where a command of `sphere edit` leaves the limit out and the run has none, the
+    number of the facts that it began with is its limit.
+    """
+    command = str(stored["command"])
+    limited = stored.get("dataset_size_limit", RunConfig.dataset_size_limit) is not None
+    if limited or not command.startswith(shlex.join([*PROGRAM, "edit"])):
+        return command
+    flags = {word.partition("=")[0] for word in shlex.split(command)}
+    if flags & {"--facts", "--dataset_size_limit"}:
+        return command
+    n_begun = (*parts_of(stored), len(stored["case_ids"]))[1]
+    return f"{command} --dataset_size_limit={n_begun}"
 
 
 def continuation(folder: str | Path, given: Mapping[str, Any]) -> str:
