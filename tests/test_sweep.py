@@ -182,6 +182,53 @@ def test_folders_tell_jobs_apart(world):
     assert Job(base).folder.relative_to(world.folder).parts[:4] == ("sweep", "seed_0", "FT", "tiny")
 
 
+def test_a_limit_is_named_where_it_is_not_the_default(tmp_path):
+    """Neither in folders nor in labels: 40 of a dataset, all of one's own facts."""
+    given = (
+        {},
+        {"facts": "f.csv"},
+        {"facts": "f.csv", "dataset_size_limit": 40},
+        {"dataset_size_limit": None},
+    )
+    for more in given:
+        job = job_of({"sweep_dir": tmp_path, "devices": [], "alg_name": "FT", **more})
+        job.folder.mkdir(parents=True)
+        state = {"status": "failed", "error": None, "seconds": 0.0, "settings": job.settings}
+        (job.folder / "job.json").write_text(json.dumps(state))
+    rows = collect(tmp_path)
+    assert {row["label"]: Path(row["folder"]).relative_to(tmp_path).parts[0] for row in rows} == {
+        "FT ds_name=starter": "seed_0",
+        "FT ds_name=facts": "seed_0",
+        "FT ds_name=facts dataset_size_limit=40": "seed_0_dataset_size_limit_40",
+        "FT ds_name=starter dataset_size_limit=None": "seed_0_dataset_size_limit_None",
+    }
+
+
+def test_a_job_of_facts_that_an_earlier_version_has_limited(world):
+    """To 40: the same job where there are no more; else it fails, and nothing changes."""
+    table = world.folder / "facts.csv"
+    row = "{{}} is in,Ann{},Rome,Paris,Bob is in => Oslo\n"
+    head = "prompt,subject,target_new,target_true,neighborhood\n"
+    table.write_text(head + "".join(map(row.format, range(3))))
+    job = Job(world.config("sweep", alg_name="FT", facts=str(table), dataset_size_limit=None))
+    assert job.folder.relative_to(world.folder).parts[:2] == ("sweep", "seed_0")
+    assert run_job(job)["status"] == "finished"
+    path, log = job.folder / "job.json", (job.folder / "batches.jsonl").read_bytes()
+    limited = json.loads(path.read_text())
+    limited["settings"]["dataset_size_limit"] = 40
+    limited["settings"]["output_dir"] = str(world.folder / "sweep" / "seed_0")
+    path.write_text(json.dumps(limited))
+    assert run_job(job)["status"] == "finished"
+    assert (job.folder / "batches.jsonl").read_bytes() == log
+    assert json.loads(path.read_text())["settings"]["dataset_size_limit"] is None
+    path.write_text(json.dumps(limited))
+    table.write_text(head + "".join(map(row.format, range(41))))
+    before = {file: file.read_bytes() for file in job.folder.rglob("*.json*") if file != path}
+    assert "begun with other settings (case_ids, requests)" in run_job(job)["error"]
+    assert before == {file: file.read_bytes() for file in before}
+    assert json.loads(path.read_text()) == limited
+
+
 def test_different_jobs_in_one_folder_are_refused_before_the_first(world, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sweep"])
     said = r"jobs with guard=false and with guard=true would both be the run in .*sweep_dir"

@@ -14,7 +14,7 @@ from typing import Any
 from sphere.errors import SphereError
 from sphere.evaluation.scored_facts import check_scored_facts
 from sphere.hparams import read_content
-from sphere.runs.config import RunConfig
+from sphere.runs.config import RunConfig, limit_by_default
 from sphere.runs.hparams import hparams_source
 from sphere.runs.resolve import folder_of, sphere_numbers
 
@@ -48,9 +48,10 @@ class Job:
     def run_config(self) -> RunConfig:
         """The run as it is executed: in a folder that no other job has."""
         parts = [f"seed_{self.config.seed}"]
+        defaults = {"dataset_size_limit": limit_by_default(self.config.facts)}
         for key in UNNAMED:
             value = getattr(self.config, key)
-            if value != getattr(RunConfig, key):
+            if value != defaults.get(key, getattr(RunConfig, key)):
                 parts.append(f"{key}_{Path(str(value)).stem}")
         return replace(self.config, output_dir=str(Path(self.config.output_dir) / "_".join(parts)))
 

@@ -36,7 +36,7 @@ from sphere.files import atomic_path, read_json, write_json
 from sphere.lock import FolderInUseError, locked
 from sphere.models import model_label
 from sphere.renamed import by_new_names
-from sphere.runs.config import PROGRAM, RunConfig, settings
+from sphere.runs.config import OWN_FACTS, PROGRAM, RunConfig, limit_by_default, settings
 from sphere.runs.folder import JOB_NAME
 from sphere.runs.job import SCORING, UNNAMED, Job
 from sphere.runs.resolve import has_sphere
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 TABLE_NAME = "sweep"
 BEFORE = "before"  # key of job.json: the finished job whose place this one is about to take
 UNEDITED = "unedited"
+NOT_GIVEN = "not given"  # in place of a limit that labels leave out
 # What a run's own folder says where it is not the default.
 NAMED_IF_CHANGED = (
     "rules",
@@ -256,12 +257,14 @@ def _label(rows: Sequence[dict[str, Any]]) -> None:
     """Name each row by the settings in which the jobs differ, and always by its method."""
 
     def word(key: str, value: Any) -> str:
+        if value == NOT_GIVEN:
+            return ""
         if key == "model_name":
             return model_label(value)
         return f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}"
 
     keys = (*SETTINGS, *UNNAMED, *NAMED_IF_CHANGED)
-    differing = [key for key in keys if len({str(row[key]) for row in rows}) > 1 and key != "alg_name"]
+    differing = [key for key in keys if len({str(_told(row, key)) for row in rows}) > 1 and key != "alg_name"]
     with_and_without = len({row["beta_hse"] for row in rows}) == 2 and any(
         not row["beta_hse"] for row in rows
     )
@@ -271,7 +274,9 @@ def _label(rows: Sequence[dict[str, Any]]) -> None:
 
     def labels(keys: Sequence[str]) -> list[str]:
         named = zip(rows, hooks, strict=True)
-        parts = [[row["alg_name"], hook, *(word(key, row[key]) for key in keys)] for row, hook in named]
+        parts = [
+            [row["alg_name"], hook, *(word(key, _told(row, key)) for key in keys)] for row, hook in named
+        ]
         return [" ".join(filter(None, words)) for words in parts]
 
     found = labels([key for key in differing if key != "beta_hse" or not with_and_without])
@@ -279,6 +284,12 @@ def _label(rows: Sequence[dict[str, Any]]) -> None:
         found = labels(differing)
     for row, label in zip(rows, found, strict=True):
         row["label"] = label
+
+
+def _told(row: Mapping[str, Any], key: str) -> Any:
+    """A row's setting as labels have it: NOT_GIVEN for the limit that holds where none is given."""
+    default = limit_by_default(OWN_FACTS if row["ds_name"] == OWN_FACTS else None)
+    return NOT_GIVEN if key == "dataset_size_limit" and row[key] == default else row[key]
 
 
 def format_sweep(rows: Sequence[Mapping[str, Any]], markdown: bool = False) -> str:
@@ -302,13 +313,13 @@ def _unedited(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row for each unedited model and set of cases among the jobs."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        key = tuple(row[k] for k in ("model_name", "ds_name", "dtype", "dataset_size_limit"))
+        key = tuple(_told(row, k) for k in ("model_name", "ds_name", "dtype", "dataset_size_limit"))
         found.setdefault(key, {"n_edits": 0, "metrics": row["unedited"], "name": [str(k) for k in key]})
     for row in found.values():
         differing = [
             n
             for n, *others in zip(row["name"], *(r["name"] for r in found.values()), strict=True)
-            if len(set(others)) > 1
+            if len(set(others)) > 1 and n != NOT_GIVEN
         ]
         row["label"] = " ".join(["unedited", *differing])
     return list(found.values())
