@@ -306,6 +306,8 @@ def test_another_base_model_is_refused(
     "form, options, checkpoint, said",
     [
         ("hf", {"dtype": "int3"}, None, "Unknown dtype 'int3'"),
+        ("hf", {"shard_size": "5X"}, None, "'5X' is no size of a file"),
+        ("hf", {"shard_size": "infGB"}, None, "'infGB' is no size of a file"),
         ("peft", {}, 0, "An adapter of no edits changes nothing"),
         ("peft", {"rank": 0}, None, "at least 1, got 0"),
         ("onnx", {}, None, "Unknown form 'onnx'"),

@@ -10,6 +10,7 @@ import gc
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
 
 from sphere.errors import SphereError
@@ -28,12 +29,19 @@ class HuggingFaceFolder:
         shard_size: the largest size of a file of weights, e.g. "5GB".
 
     Raises:
-        SphereError: unknown dtype.
+        SphereError: unknown dtype, or no size.
     """
 
     def __init__(self, dtype: str | None = None, shard_size: str = SHARD_SIZE) -> None:
         if dtype is not None and dtype not in DTYPES:
             raise SphereError(f"Unknown dtype '{dtype}': use one of {', '.join(DTYPES)}.", argument="dtype")
+        try:
+            split_torch_state_dict_into_shards({}, max_shard_size=shard_size)  # reads the size as saving will
+        except (ValueError, OverflowError) as error:
+            raise SphereError(
+                f"'{shard_size}' is no size of a file: give a number and KB, MB, GB or TB, e.g. 500MB.",
+                argument="shard_size",
+            ) from error
         self.dtype, self.shard_size = dtype, shard_size
 
     def write(self, run: EditedRun, folder: Path) -> list[str]:
