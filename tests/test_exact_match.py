@@ -117,7 +117,9 @@ def test_the_first_facts_of_a_run_have_it_and_are_not_generated_again(setting, m
     assert evaluate(setting, 8)["checkpoints"][2]["metrics"]["exact_match"]["n"] == 8
     assert evaluate(setting, 0)["checkpoints"] == without["checkpoints"]  # text on disk is not counted
     lines = (setting[2] / "summary" / "cases_edit_9.jsonl").read_text().splitlines()[1:]
-    assert ["greedy" in json.loads(line)["case"] for line in lines] == [True] * 8 + [False]
+    found = [json.loads(line) for line in lines]
+    assert ["greedy" in line["case"] for line in found[:9]] == [False] * 9
+    assert ["greedy" in line["spare"] for line in found[9:]] == [True] * 8
 
 
 def test_another_target_is_generated_again(setting):

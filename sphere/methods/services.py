@@ -193,18 +193,16 @@ class Services:
         Args:
             context_templates: instead of the run's own.
         """
-        return ActivationsPass(
-            self.edited.stack,
-            self.edited.tokenizer,
-            requests,
-            self._asked(context_templates or self.context_templates),
-            self.passes.editing_tokens,
-            self.edited.user_turn,
-        )
+        return self._pass(requests, context_templates or self.context_templates)
 
     def bare_pass(self, requests: Sequence[EditRequest]) -> ActivationsPass:
         """The bare prompts of a batch alone: to ask what the module of each layer must add, and what was reached."""
-        return self.activations(requests, ((BARE,),))
+        return self._pass(requests, ((BARE,),))
+
+    def _pass(self, requests: Sequence[EditRequest], templates: Sequence[Sequence[str]]) -> ActivationsPass:
+        edited, tokens = self.edited, self.passes.editing_tokens
+        asked = self._asked(templates)
+        return ActivationsPass(edited.stack, edited.tokenizer, requests, asked, tokens, edited.user_turn)
 
     # ---- second moments ----
 
