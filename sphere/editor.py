@@ -380,12 +380,10 @@ class Editor:
         self._check_untouched()
         tensors = {f"{_WEIGHT}{name}": weight for name, weight in self.weights.snapshot("cpu").items()}
         tensors |= {f"{_RNG}{device}": state for device, state in random_state().items()}
-        used = (
-            {_TEMPLATES: self.services.context_templates}
-            if self.n_edits and self.services.in_contexts
-            else {}
-        )
-        return tensors, self.method.state(), {"n_edits": self.n_edits, **used}
+        state: dict[str, Any] = {"n_edits": self.n_edits}
+        if self.n_edits and self.services.in_contexts:
+            state[_TEMPLATES] = self.services.context_templates
+        return tensors, self.method.state(), state
 
     def load_state(
         self, tensors: Mapping[str, Tensor], append_only: Mapping[str, Tensor], state: Mapping[str, Any]

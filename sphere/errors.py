@@ -22,5 +22,11 @@ class SphereError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, to be part of a sentence; its kind where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """The first line of what an exception says, to be part of a sentence; its kind where it says nothing.
+
+    A heading, as torch puts one before what does not fit, is passed over where something follows it.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next(
+        (line for line in lines if not line.endswith(":")), lines[0] if lines else type(error).__name__
+    )

@@ -34,7 +34,7 @@ from sphere.answers import (
 from sphere.checkpoints import USER_TURN, Checkpoint, list_checkpoints, read_config, read_weights
 from sphere.data.facts import read_facts
 from sphere.data.tables import FORMS
-from sphere.errors import SphereError
+from sphere.errors import SphereError, first_line
 from sphere.evaluation.run_model import ModelOptions, load_run_model, model_of
 from sphere.evaluation.states import RunStates
 from sphere.files import read_json
@@ -213,20 +213,14 @@ def _wrapped(model: Any, base: str, path: Path) -> Any:
         return PeftModel.from_pretrained(model, str(path))
     except (EOFError, OSError, SafetensorError, UnpicklingError) as error:
         raise SphereError(
-            f"The weights of the adapter {path} cannot be read ({_first_words(error)}): get its files anew."
+            f"The weights of the adapter {path} cannot be read ({first_line(error)}): get its files anew."
         ) from error
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise SphereError(
-            f"The adapter {path} cannot be put on the model '{base}' ({_first_words(error)}): name the model that it "
+            f"The adapter {path} cannot be put on the model '{base}' ({first_line(error)}): name the model that it "
             "was made for, or get the adapter's files anew.",
             argument="model_name",
         ) from error
-
-
-def _first_words(error: Exception) -> str:
-    """How an error's first line that says something begins; torch puts a heading before it."""
-    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
-    return next((f"{line:.200}" for line in lines if line and line[-1] != ":"), type(error).__name__)
 
 
 def _base_model(path: Path) -> str | None:

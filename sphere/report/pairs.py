@@ -132,7 +132,7 @@ def _fact(case: Case) -> tuple[str | None, ...]:
 
 
 def scored_cases(run: RunData, n_edits: int) -> list[Case]:
-    """The cases of a checkpoint that the summary counts, [] where not all of them are there."""
+    """The cases of a checkpoint, [] where not all of them are there; text counts where the summary counts it."""
     folder, summary = run.folder / FOLDER, run.summary or {}
     cases = read_cases(folder / f"cases_edit_{n_edits}.jsonl")
     if len(cases) != min(n_edits, summary.get("scored_facts") or n_edits):
@@ -140,7 +140,13 @@ def scored_cases(run: RunData, n_edits: int) -> list[Case]:
     unedited = read_cases(folder / "cases_edit_0.jsonl")
     if {case["case_id"] for case in cases} <= {case["case_id"] for case in unedited}:
         compare_predictions(cases, unedited)
-    return cases
+    asked = {  # files of earlier versions hold text of other scorings beside what counts
+        "generation": summary.get("generation_interval"),
+        "greedy": summary.get("exact_match_facts"),
+        "answers": summary.get("generated_facts"),
+    }
+    unasked = {key for key, count in asked.items() if not count}
+    return [{key: value for key, value in case.items() if key not in unasked} for case in cases]
 
 
 def paired_lines(pairs: Sequence[Pair], kind: str, last: bool = False) -> list[list[str]]:

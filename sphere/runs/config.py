@@ -395,10 +395,8 @@ def command_of(config: Mapping[str, Any]) -> str:
         values["dataset_size_limit"] = len(values["case_ids"])  # the command's own default is no "all"
     defaults = {"dataset_size_limit": limit_by_default(values.get("facts"))}
     for setting in settings().values():
-        value, default = (
-            values.get(setting.name, setting.default),
-            defaults.get(setting.name, setting.default),
-        )
+        value = values.get(setting.name, setting.default)
+        default = defaults.get(setting.name, setting.default)
         if setting.name in skipped or value == default or value is None:
             continue
         words.append(f"--{setting.name}" if value is True else f"--{setting.name}={value}")
