@@ -63,7 +63,7 @@ def _figure(folder: Path) -> None:
     from sphere.report.page import png
     from sphere.report.style import drawing
     from sphere.report.terminal import show
-    from sphere.runs.sweep import collect
+    from sphere.runs.sweep_table import collect
 
     runs = load_runs([row["folder"] for row in collect(folder) if row["metrics"]])
     measure(runs, progress=False)

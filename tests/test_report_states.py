@@ -23,7 +23,7 @@ from sphere.report.tables import overview, tables, thirds
 from sphere.report.weight_figures import cosines
 from sphere.runs.config import RunConfig
 from sphere.runs.job import Job
-from sphere.runs.sweep import collect
+from sphere.runs.sweep_table import collect
 
 ALONE = {"scored": False, "downstream": False, "batches": 1}
 

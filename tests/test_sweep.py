@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -30,7 +31,8 @@ from sphere.forward.layers import LayerStack
 from sphere.runs.config import RunConfig
 from sphere.runs.job import Job, check_folders
 from sphere.runs.run import execute
-from sphere.runs.sweep import collect, over_seeds, run_job
+from sphere.runs.sweep import run_job
+from sphere.runs.sweep_table import collect, over_seeds
 from sphere.values.layer_stats import SecondMoments
 
 ROOT = Path(__file__).parents[1]
@@ -294,6 +296,17 @@ def test_changed_settings_are_run_again(world, monkeypatch):
     assert json.loads(path.read_text())["status"] == "unfinished"
     assert run_job(other)["status"] == "failed"
     assert json.loads(path.read_text()) == again
+
+
+def test_a_finished_run_is_not_taken_for_a_guarded_one(world):
+    job = Job(world.config("sweep", alg_name="FT", dataset_size_limit=2))
+    run_job(job)
+    before = {path: path.read_bytes() for path in job.folder.rglob("*.json*")}
+    for name, value, words in (("guard", True, "guard=true"), ("save", "factors", "save=factors")):
+        late = run_job(Job(dataclasses.replace(job.config, **{name: value})))
+        assert late["status"] == "failed"
+        assert f"the job with {words} cannot change any more" in late["error"]
+    assert before == {path: path.read_bytes() for path in job.folder.rglob("*.json*")}
 
 
 def test_a_job_of_before_a_setting_is_finished(world):

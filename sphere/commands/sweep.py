@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     from hydra.errors import HydraException
 
     from sphere.commands.sweep_job import own_settings, sweep
-    from sphere.runs.sweep import collect, finished_other, format_sweep
+    from sphere.runs.sweep import finished_other
+    from sphere.runs.sweep_table import collect, format_sweep
 
     try:
         own = own_settings(overrides)
@@ -93,7 +94,7 @@ def _forecast(overrides: list[str], folder: Path, keep: bool) -> list[Job]:
 def _report(rows: Sequence[Mapping[str, Any]], folder: Path, reference: str | None) -> None:
     """One report of all finished runs, with the differences of those that can be compared."""
     from sphere.report import make_report, report_text
-    from sphere.runs.sweep import report_command
+    from sphere.runs.sweep_table import report_command
 
     page = make_report([row["folder"] for row in rows if row["metrics"]], folder, reference=reference)
     if text := report_text(page):

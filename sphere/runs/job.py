@@ -13,7 +13,9 @@ from typing import Any
 
 from sphere.errors import SphereError
 from sphere.evaluation.scored_facts import check_scored_facts
+from sphere.files import read_json
 from sphere.hparams import read_content
+from sphere.renamed import by_new_names
 from sphere.runs.config import RunConfig, limit_by_default
 from sphere.runs.hparams import hparams_source
 from sphere.runs.resolve import folder_of, sphere_numbers
@@ -84,7 +86,7 @@ def check_folders(jobs: Iterable[Job]) -> None:
         both = other.settings, job.settings
         differing = [key for key in both[0] if key != "hparams" and both[0][key] != both[1][key]]
         if differing:
-            one, two = (_words(settings, differing) for settings in both)
+            one, two = (in_words(settings, differing) for settings in both)
             raise SphereError(
                 f"The jobs with {one} and with {two} would both be the run in {job.folder}: begin a sweep for each, "
                 "with a sweep_dir of its own.",
@@ -92,10 +94,20 @@ def check_folders(jobs: Iterable[Job]) -> None:
             )
 
 
-def _words(settings: Mapping[str, Any], names: Iterable[str]) -> str:
+def in_words(settings: Mapping[str, Any], names: Iterable[str]) -> str:
     """Some settings as a command spells them."""
     values = {name: settings[name] for name in names}
     return ", ".join(f"{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items())
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """What became of a job, its settings by the names that they have now."""
+    job: dict[str, Any] = read_json(path, "job")
+    if not {"status", "settings"} <= job.keys():
+        raise SphereError(
+            f"{path} was not written by a sweep: move it, or choose another folder.", argument="sweep_dir"
+        )
+    return job | {"settings": by_new_names(job["settings"])}
 
 
 # How a job is scored -> its default.
