@@ -129,13 +129,17 @@ def test_the_card_says_what_was_edited_how_and_from_what(world: TinyRun, run: Pa
     readme.write_text("---\nlicense: apache-2.0\n---\n# tiny\n")
     try:
         export_run(run, "hf", tmp_path / "out", checkpoint=4)
+        export_run(run, "hf", tmp_path / "all", checkpoint=8)
     finally:
         readme.unlink()
     text = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "tiny after 8 edits, the last of them from more.csv" in (tmp_path / "all" / "README.md").read_text()
+    )
     fact = records(8)[0]["requested_rewrite"]
     for said in (
         "license: apache-2.0",
-        "after 4 edits",
+        "tiny after 4 edits, as",
         "AlphaEdit",
         "model.layers.1.mlp.down_proj.weight",
         f"{fact['subject']} is in **{fact['target_new']['str']}**",

@@ -6,7 +6,7 @@ Knows what a run's folder holds. Knows nothing of how weights are written.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sphere.evaluation.summary import format_table
 from sphere.export.edited import EditedRun
 from sphere.files import read_json
 from sphere.models import model_label
-from sphere.runs.remake import commands_of
+from sphere.runs.remake import CONTINUED, commands_of
 
 TAGS = ("knowledge-editing", "sphere")
 SHOWN_FACTS = 10
@@ -73,9 +73,16 @@ def _what(run: EditedRun) -> str:
     label = model_label(run.model_name)
     if not run.n_edits:
         return f"{label}, unedited"
-    data = run.config.get("facts") or run.config.get("ds_name")
-    source = f" from {Path(str(data)).name}" if data else ""
-    return f"{label} after {run.n_edits} edits{source}"
+    return f"{label} after {run.n_edits} edits{_source(run.config, run.n_edits)}"
+
+
+def _source(config: Mapping[str, Any], n_edits: int) -> str:
+    """Where the first so many edits come from; settings name the last table only, whatever was edited before it."""
+    added = [Path(one["facts"]).name for one in config.get(CONTINUED, ()) if one["n_edits"] < n_edits]
+    if added:
+        return f", the last of them from {added[-1]} (the commands below name all tables)"
+    data = None if config.get(CONTINUED) else config.get("facts") or config.get("ds_name")
+    return f" from {Path(str(data)).name}" if data else ""
 
 
 def _how(run: EditedRun) -> str:
