@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from gguf import GGUFReader, Keys
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -38,6 +39,13 @@ DTYPES = {
     "float64": torch.float64,
 }
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # of spreading layers over devices
+KEPT = 2  # how embedded models are made from their GGUF files; with another number they are made anew
+# Special tokens of a tokenizer -> the ids that GGUF files name for them.
+GGUF_TOKENS = {
+    "bos_token": Keys.Tokenizer.BOS_ID,
+    "eos_token": Keys.Tokenizer.EOS_ID,
+    "pad_token": Keys.Tokenizer.PAD_ID,
+}
 
 
 def load_model(
@@ -100,13 +108,27 @@ def load_tokenizer(name: str = DEFAULT_MODEL) -> PreTrainedTokenizerBase:
 def _tokenizer(name: str, source: str, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a model that is read from `source`."""
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if "gguf_file" in options and tokenizer.bos_token == tokenizer.eos_token:
+            _take_tokens(tokenizer, Path(source, options["gguf_file"]))
+        return tokenizer
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, AttributeError, TypeError) as error:
         raise SphereError(
             f"Cannot load the tokenizer of '{name}' ({first_line(error)}): give a folder with its files, a hub id, or "
             f"'{DEFAULT_MODEL}'.",
             argument="model_name",
         ) from error
+
+
+def _take_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Give a tokenizer the special tokens that its GGUF file names.
+
+    Some versions of transformers (5.17 is one) take BOS for EOS as well in files of Llama's kind, and no padding.
+    """
+    reader = GGUFReader(path)
+    for name, key in GGUF_TOKENS.items():
+        if (field := reader.get_field(key)) is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
 
 
 def meta_model(name: str, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
@@ -307,5 +329,5 @@ def _embedded_source(name: str) -> dict[str, Any]:
         tokenizer.save_pretrained(folder)
         whole.unlink()
 
-    key = f"{name}-{embedded.sha256[:16]}-transformers-{transformers.__version__}"
+    key = f"{name}-{embedded.sha256[:16]}-{KEPT}-transformers-{transformers.__version__}"
     return {"source": str(kept_folder(key, make))}

@@ -35,11 +35,13 @@ def write_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    tokens += ["th", *(f"<{i}>" for i in range(len(tokens) + 1, config.vocab_size))]
+    tokens += ["th", "he", *(f"<{i}>" for i in range(len(tokens) + 2, config.vocab_size))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "h e"])
     writer.add_eos_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_add_bos_token(False)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for key, weight in model.state_dict().items():
         if key == "lm_head.weight" and config.tie_word_embeddings:

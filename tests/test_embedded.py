@@ -5,18 +5,20 @@ from __future__ import annotations
 import hashlib
 import importlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from conftest import tiny_llama
 from gguf_files import write_gguf
+from transformers import PreTrainedTokenizerBase
 
 from sphere import SphereError, embedded, load_model
 from sphere.embedded import EMBEDDED, Embedded, assemble, part_files
 from sphere.fingerprint import fingerprint
 from sphere.kept_folders import cache_folder, kept_folder
-from sphere.models import meta_model
+from sphere.models import KEPT, load_tokenizer, meta_model
 from sphere.values.self_text import sampling_key, shipped_documents
 from sphere.values.tokenization import encode
 
@@ -162,6 +164,36 @@ def test_a_model_in_parts_is_that_of_its_gguf_file_bit_for_bit(
     assert not list(cache.rglob("*.gguf"))
 
 
+@pytest.mark.parametrize("mistaken", [False, True])
+def test_a_tokenizer_has_the_special_tokens_of_its_gguf_file(tmp_path, monkeypatch, tiny_tokenizer, mistaken):
+    """Also where transformers takes BOS for EOS, as versions of it do."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_tokenizer, tiny_llama())
+    read = transformers.AutoTokenizer.from_pretrained
+
+    def mistake(*args: Any, **options: Any) -> PreTrainedTokenizerBase:
+        tokenizer = read(*args, **options)
+        tokenizer.eos_token = tokenizer.bos_token
+        return tokenizer
+
+    if mistaken:
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", mistake)
+    tokenizer = load_tokenizer(str(path))
+    assert (tokenizer.eos_token_id, tokenizer.bos_token_id) == (0, 1)
+    assert {0, 1} <= set(tokenizer.all_special_ids)
+
+
+def test_a_tokenizer_that_transformers_fails_at_is_one_sentence(tmp_path, monkeypatch, tiny_tokenizer):
+    def fail(*_: Any, **__: Any) -> None:
+        raise AttributeError("'Skeleton' object has no attribute 'bos_token_id'")
+
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_tokenizer, tiny_llama())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(SphereError, match=r"Cannot load the tokenizer of '.*tiny.gguf' \('Skeleton'"):
+        load_model(str(path), device="cpu")
+
+
 def test_gemmas_parts_are_the_file_that_is_declared():
     try:
         parts = part_files(GEMMA)
@@ -175,7 +207,7 @@ def test_gemmas_parts_are_the_file_that_is_declared():
 
 def test_gemma_is_configured_and_continues_texts(monkeypatch):
     """Its published configuration, its shipped text, BOS, and a fact that it knows; only where it is kept already."""
-    if not any(USERS_CACHE.glob(f"{GEMMA}-*-transformers-{transformers.__version__}/kept.json")):
+    if not any(USERS_CACHE.glob(f"{GEMMA}-*-{KEPT}-transformers-{transformers.__version__}/kept.json")):
         pytest.skip(f"{GEMMA} was never loaded here, and putting it together takes minutes")
     monkeypatch.setenv("XDG_CACHE_HOME", str(USERS_CACHE.parent))
     model, tokenizer = load_model(GEMMA, device="cpu")

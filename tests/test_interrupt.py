@@ -43,7 +43,11 @@ def interrupted(command: list[str], signs: list[str]) -> tuple[int, list[str]]:
     """Exit status and stderr of a command that gets a SIGINT after each of these lines of its output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits what is ignored
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     bound = threading.Timer(SECONDS, process.kill)
     bound.start()
     try:
