@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 # One thread: tiny models gain nothing by more, and threads that wait for a busy core cost minutes. Before PyTorch is
 # imported, so that processes that tests start are alike.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,16 @@ from sphere.methods.alphaedit import AlphaEditHParams
 
 SHARED = Path(__file__).parents[2] / "shared"
 SPHERE_KEYS = {"nullspace_threshold": 1e9, "L2": 1.0}
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers() -> Iterator[None]:
+    """Log handlers that a command or Hydra sets up in a test end with it, as the streams that they write to do."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in set(root.handlers) - set(before):
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")
