@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from gguf import GGUFReader, Keys
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -40,12 +39,6 @@ DTYPES = {
 }
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")  # of spreading layers over devices
 KEPT = 2  # how embedded models are made from their GGUF files; with another number they are made anew
-# Special tokens of a tokenizer -> the ids that GGUF files name for them.
-GGUF_TOKENS = {
-    "bos_token": Keys.Tokenizer.BOS_ID,
-    "eos_token": Keys.Tokenizer.EOS_ID,
-    "pad_token": Keys.Tokenizer.PAD_ID,
-}
 
 
 def load_model(
@@ -125,8 +118,10 @@ def _take_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
 
     Some versions of transformers (5.17 is one) take BOS for EOS as well in files of Llama's kind, and no padding.
     """
-    reader = GGUFReader(path)
-    for name, key in GGUF_TOKENS.items():
+    from gguf import GGUFReader, Keys
+
+    own, reader = Keys.Tokenizer, GGUFReader(path)
+    for name, key in (("bos_token", own.BOS_ID), ("eos_token", own.EOS_ID), ("pad_token", own.PAD_ID)):
         if (field := reader.get_field(key)) is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(field.contents())))
 

@@ -94,11 +94,11 @@ def _check_too_late(job: Job, other: Mapping[str, Any] | None) -> None:
     """
     if not other:
         return
-    known = {name: other["settings"].get(name, settings()[name].default) for name in OF_EACH_BATCH}
-    if differing := [name for name, value in known.items() if value != job.settings[name]]:
+    known, wanted = _with_defaults(other["settings"]), job.settings
+    if differing := [name for name in OF_EACH_BATCH if known[name] != wanted[name]]:
         raise SphereError(
             f"{job.folder} holds a finished run with {in_words(known, differing)}, which the job with "
-            f"{in_words(job.settings, differing)} cannot change any more: give it a sweep_dir of its own.",
+            f"{in_words(wanted, differing)} cannot change any more: give it a sweep_dir of its own.",
             argument="sweep_dir",
         )
 
@@ -173,13 +173,14 @@ def finished_other(job: Job) -> dict[str, Any] | None:
 
 
 def _is_of(previous: Mapping[str, Any], job: Job) -> bool:
-    """Whether what job.json says is of a job with settings that give the same numbers.
-
-    A setting that its version did not know had what is its default now.
-    """
-    defaults = {name: setting.default for name, setting in settings().items()} | SCORING
+    """Whether what job.json says is of a job with settings that give the same numbers."""
 
     def deciding(known: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in {**defaults, **known}.items() if k not in OF_THE_MACHINE}
+        return {k: v for k, v in _with_defaults(known).items() if k not in OF_THE_MACHINE}
 
     return deciding(previous["settings"]) == deciding(json.loads(json.dumps(job.settings)))
+
+
+def _with_defaults(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a job; one that its version did not know had what is its default now."""
+    return {name: setting.default for name, setting in settings().items()} | SCORING | dict(known)
